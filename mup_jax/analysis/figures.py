@@ -1,0 +1,227 @@
+"""The four figures of a ladder's report, drawn without pyplot and its global state."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, NullLocator, StrMethodFormatter
+
+# Okabe and Ito's palette, told apart by colour-blind eyes; its yellow is too pale for lines.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def write_figures(
+    report: Mapping[str, Any], results: Sequence[Mapping[str, Any]], directory: str | Path
+) -> list[Path]:
+    """Writes loss_vs_compute, multiplier_vs_compute, learning_rate_sweeps and coordinate_check.
+
+    A figure without anything to show is left out.
+
+    Args:
+      report: what `summarize` returns.
+      results: what it was given, for the runs behind the means.
+      directory: an existing folder for the PNG files.
+
+    Returns:
+      The paths written.
+    """
+    figures = {
+        "loss_vs_compute.png": _loss_vs_compute(report),
+        "multiplier_vs_compute.png": _multiplier_vs_compute(report),
+        "learning_rate_sweeps.png": _learning_rate_sweeps(report, results),
+        "coordinate_check.png": _coordinate_check(report),
+    }
+    paths = []
+    for name, figure in figures.items():
+        if any(axes.has_data() for axes in figure.axes):
+            paths.append(Path(directory) / name)
+            FigureCanvasAgg(figure).print_png(paths[-1])
+    return paths
+
+
+def _loss_vs_compute(report: Mapping[str, Any]) -> Figure:
+    figure, axes = _new("training FLOPs", "validation loss")
+    compute = _of_rungs(report, "flops")
+    for name, summary, style in _optimizers(report):
+        for rung, seeds in summary["final_loss_by_seed"].items():
+            finite = [loss for loss in seeds if loss is not None]
+            at = [compute[rung]] * len(finite)
+            axes.plot(at, finite, **style | {"linestyle": "", "markersize": 4, "alpha": 0.4})
+        losses = summary["final_loss"]
+        if losses:
+            at = [compute[rung] for rung in losses]
+            # The dots are the runs; the line alone is their mean.
+            axes.plot(at, list(losses.values()), **style | {"marker": ""})
+            axes.plot([], [], label=name, **style)
+    _log_axes(axes, compute)
+    axes.legend()
+    return figure
+
+
+def _multiplier_vs_compute(report: Mapping[str, Any]) -> Figure:
+    baseline = report["baseline"]
+    figure, axes = _new("training FLOPs", f"compute multiplier over {baseline}")
+    compute = _of_rungs(report, "flops")
+    others = [x for x in _optimizers(report) if x[0] != baseline and x[1]["compute_multiplier"]]
+    if not others:
+        return figure
+    axes.axhline(1, color=COLOURS[0], linewidth=1, linestyle="--")
+    # Intervals of one rung stand side by side, within a tenth of the distance to the next.
+    step = min(np.diff(np.log(list(compute.values()))), default=1.0) / 10
+    for i, (name, summary, style) in enumerate(others):
+        entries = summary["compute_multiplier"]
+        shift = np.exp(step * (i - (len(others) - 1) / 2))
+        at = {rung: compute[rung] * shift for rung in entries}
+        axes.plot(
+            list(at.values()),
+            [entry["value"] for entry in entries.values()],
+            **style | {"marker": ""},
+        )
+        for rung, entry in entries.items():
+            if "low" in entry:
+                axes.vlines(at[rung], entry["low"], entry["high"], color=style["color"], alpha=0.6)
+            fill = "white" if entry["extrapolated"] else style["color"]
+            axes.plot(at[rung], entry["value"], markerfacecolor=fill, **style)
+        axes.plot([], [], label=name, **style)
+    hollow: dict[str, Any] = {
+        "marker": "o",
+        "linestyle": "",
+        "color": "0.4",
+        "markerfacecolor": "white",
+    }
+    axes.plot([], [], label="extrapolated", **hollow)
+    _log_axes(axes, compute)
+    axes.legend()
+    return figure
+
+
+def _learning_rate_sweeps(
+    report: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> Figure:
+    optimizers = report["optimizers"]
+    rungs = [rung["name"] for rung in report["rungs"]]
+    columns = min(len(optimizers), 2)
+    rows = -(-len(optimizers) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained", dpi=150)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(optimizers) :]:
+        axes.remove()
+    for axes, (name, summary) in zip(panels, optimizers.items(), strict=False):
+        _style(axes, "base learning rate", "validation loss")
+        axes.set_title(name)
+        for rung, style in zip(rungs, _styles(), strict=False):
+            sweep = summary["learning_rate_sweep"].get(rung, [])
+            diverged = [rate for rate, loss in sweep if loss is None]
+            at_top = axes.get_xaxis_transform()
+            axes.plot(diverged, [0.97] * len(diverged), "x", color=style["color"], transform=at_top)
+            runs = [
+                (line["learning_rate"], line["validation_loss"])
+                for line in results
+                if (line["optimizer"], line["rung"]) == (name, rung)
+                and line["validation_loss"] is not None
+            ]
+            means = [(rate, loss) for rate, loss in sweep if loss is not None]
+            if not means:
+                continue
+            dots: dict[str, Any] = {"linestyle": "", "markersize": 3, "alpha": 0.4}
+            axes.plot(*zip(*runs, strict=True), **style | dots)
+            axes.plot(*zip(*means, strict=True), label=rung, **style)
+            best = min(means, key=lambda mean: mean[1])
+            axes.plot(*best, "o", markersize=13, markerfacecolor="none", color=style["color"])
+        tuned = summary["best_learning_rate"].get(rungs[0])
+        if tuned is not None:
+            axes.axvline(tuned, color="0.4", linestyle="--", linewidth=1, zorder=0)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        _plain_log(axes)
+    entries = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=len(entries),
+        title="dashed: the transferred rate; ring: best tried; cross at the top: diverged",
+    )
+    return figure
+
+
+def _coordinate_check(report: Mapping[str, Any]) -> Figure:
+    figure, axes = _new("width", "feature change of one step,\nrelative to the smallest rung")
+    width = _of_rungs(report, "width")
+    for name, summary, style in _optimizers(report):
+        changes = summary["coordinate_check"]
+        if changes:
+            at = [width[rung] for rung in changes]
+            axes.plot(at, list(changes.values()), label=name, **style)
+    if axes.has_data():
+        axes.axhline(1, color="0.4", linewidth=1, linestyle="--", zorder=0)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        # A scale of its own would make noise look like a failed transfer.
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.25), max(high, 4))
+        axes.set_xticks(sorted(set(width.values())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.legend()
+    return figure
+
+
+def _new(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.6), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    _style(axes, x_label, y_label)
+    return figure, axes
+
+
+def _style(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    # Cycles of different lengths: pairs repeat only after 42.
+    for colour, marker in zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False):
+        yield {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.5}
+
+
+def _optimizers(report: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each optimizer with its summary and the style that it has in every figure."""
+    for (name, summary), style in zip(report["optimizers"].items(), _styles(), strict=False):
+        yield name, summary, style
+
+
+def _of_rungs(report: Mapping[str, Any], key: str) -> dict[str, float]:
+    return {rung["name"]: rung[key] for rung in report["rungs"]}
+
+
+def _log_axes(axes: Axes, compute: Mapping[str, float]) -> None:
+    axes.set_xscale("log")
+    _plain_log(axes)
+    names = axes.secondary_xaxis("top")
+    names.set_xticks(list(compute.values()), list(compute))
+    names.xaxis.set_minor_locator(NullLocator())
+    names.spines["top"].set_visible(False)
+    names.tick_params(length=0)
+
+
+def _plain_log(axes: Axes) -> None:
+    """A log scale that spans less than a decade, with round numbers on it."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(AutoLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

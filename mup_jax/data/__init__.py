@@ -1,0 +1,29 @@
+"""Real text in, token windows out."""
+
+from mup_jax.data.corpus import Document, split_documents, standard_library
+from mup_jax.data.pipeline import (
+    Batch,
+    Tokens,
+    fingerprint,
+    load,
+    tokenize,
+    training_batches,
+    validation_batches,
+)
+from mup_jax.data.tokenizer import CharTokenizer, Tokenizer, make_tokenizer
+
+__all__ = [
+    "Batch",
+    "CharTokenizer",
+    "Document",
+    "Tokenizer",
+    "Tokens",
+    "fingerprint",
+    "load",
+    "make_tokenizer",
+    "split_documents",
+    "standard_library",
+    "tokenize",
+    "training_batches",
+    "validation_batches",
+]

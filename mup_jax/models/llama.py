@@ -1,0 +1,249 @@
+"""Llama without a parameter in its norms: the network of Qiu et al. (arXiv 2512.05620), Fig. 6.
+
+Dimensions: B batch, T tokens of context, V vocabulary, D width, H heads, K head dimension,
+F = mlp_ratio * D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+_NORM_EPSILON = 1e-6
+_EMBEDDING_STD = 0.1
+_ROLE_OF = {"embedding": "embedding", "layers": "hidden", "readout": "readout"}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama.
+
+    Attributes:
+      vocab_size: V.
+      width: D, a multiple of `head_dim`.
+      depth: number of blocks.
+      head_dim: K, even.
+      mlp_ratio: hidden units of the MLP per unit of width, F / D.
+      base_depth: every residual branch is multiplied by `base_depth / depth` (CompleteP with
+        α = 1, arXiv 2505.01618). None stands for `depth`: no multiplier.
+      rope_theta: base of the rotary wavelengths.
+      dtype: of activations and matrix products; parameters and logits are float32.
+
+    Raises:
+      ValueError: a size is not positive, or the heads do not divide the width.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    base_depth: int | None = None
+    rope_theta: float = 10_000.0
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "dtype" and value is not None and value <= 0:
+                raise ValueError(f"{field.name}={value}: choose a positive value")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: choose an even one, for rotary positions")
+        if self.width % self.head_dim:
+            below = self.width // self.head_dim * self.head_dim
+            nearest = " or ".join(str(w) for w in (below, below + self.head_dim) if w)
+            raise ValueError(
+                f"width={self.width} is not a multiple of head_dim={self.head_dim}: choose width "
+                f"{nearest}"
+            )
+
+    @property
+    def heads(self) -> int:
+        """H, number of attention heads."""
+        return self.width // self.head_dim
+
+    @property
+    def residual_multiplier(self) -> float:
+        """Factor of every residual branch."""
+        return (self.base_depth or self.depth) / self.depth
+
+
+class Llama(nnx.Module):
+    """Decoder-only transformer: RoPE, SwiGLU, pre-norm and QK-norm without gains, no biases.
+
+    Parameters are float32 and stored `(d_in, d_out)`, those of the blocks stacked on a leading
+    axis: `embedding (V, D)`, `layers.attention.{query,key,value,output} (depth, D, D)`,
+    `layers.mlp.{gate,up} (depth, D, F)`, `layers.mlp.down (depth, F, D)`, `readout (D, V)`.
+    The embedding is drawn from N(0, 0.1²), hidden matrices from N(0, 1/d_in); the matrices that
+    end a residual branch and the readout start at zero, so the first logits are zero.
+
+    The model has no other state, so training code can use it as a pure function:
+
+        graphdef, params = nnx.split(Llama(config, rngs=nnx.Rngs(0)), nnx.Param)
+        logits_BTV = nnx.merge(graphdef, params)(tokens_BT)
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        shape_VD = (config.vocab_size, config.width)
+        self.embedding = nnx.Param(_EMBEDDING_STD * jax.random.normal(rngs.params(), shape_VD))
+        self.layers = _stack_of_blocks(config, rngs.params())
+        self.readout = nnx.Param(jnp.zeros(shape_VD[::-1]))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits of the next token.
+
+        Args:
+          tokens_BT: integer ids in `[0, V)`.
+
+        Returns:
+          float32 logits of shape `(B, T, V)`.
+        """
+        x_BTD = _rms_norm(self.features(tokens_BT))
+        readout_DV = self.readout[...].astype(x_BTD.dtype)
+        return jnp.matmul(x_BTD, readout_DV, preferred_element_type=jnp.float32)
+
+    def features(self, tokens_BT: jax.Array) -> jax.Array:
+        """The residual stream after the last block, before the final norm, `(B, T, D)`.
+
+        The coordinate check measures how much training moves it.
+        """
+        config = self.config
+        embedding_VD = self.embedding[...].astype(config.dtype)
+        # A lookup must be told its sharding under explicit meshes: that of the tokens.
+        tokens_sharding = jax.typeof(tokens_BT).sharding
+        x_BTD = embedding_VD.at[tokens_BT].get(
+            out_sharding=tokens_sharding.update(spec=PartitionSpec(*tokens_sharding.spec, None))
+        )
+        rotation = _rotation(tokens_BT.shape[1], config)
+        block, stacked_params = nnx.split(self.layers)
+
+        def apply_block(x_BTD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(block, params)(x_BTD, rotation), None
+
+        # Scanned, so that compile time does not grow with depth.
+        return jax.lax.scan(apply_block, x_BTD, stacked_params)[0]
+
+
+class _Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, key: jax.Array) -> None:
+        attention_key, mlp_key = jax.random.split(key)
+        self.residual_multiplier = config.residual_multiplier
+        self.attention = _Attention(config, attention_key)
+        self.mlp = _Mlp(config, mlp_key)
+
+    def __call__(self, x_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BTD += self.residual_multiplier * self.attention(_rms_norm(x_BTD), rotation)
+        x_BTD += self.residual_multiplier * self.mlp(_rms_norm(x_BTD))
+        return x_BTD
+
+
+class _Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, key: jax.Array) -> None:
+        width = config.width
+        query_key, key_key, value_key = jax.random.split(key, 3)
+        self.head_dim = config.head_dim
+        self.query = _hidden(query_key, width, width)
+        self.key = _hidden(key_key, width, width)
+        self.value = _hidden(value_key, width, width)
+        self.output = nnx.Param(jnp.zeros((width, width)))
+
+    def __call__(self, x_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def heads(weight_DD: nnx.Param) -> jax.Array:
+            y_BTD = _linear(x_BTD, weight_DD)
+            return y_BTD.reshape(*y_BTD.shape[:-1], -1, self.head_dim)
+
+        x_BTHK = jax.nn.dot_product_attention(
+            _rotate(_rms_norm(heads(self.query)), rotation),
+            _rotate(_rms_norm(heads(self.key)), rotation),
+            heads(self.value),
+            scale=self.head_dim**-0.5,
+            is_causal=True,
+        )
+        return _linear(x_BTHK.reshape(x_BTD.shape), self.output)
+
+
+class _Mlp(nnx.Module):
+    def __init__(self, config: LlamaConfig, key: jax.Array) -> None:
+        width, hidden = config.width, config.mlp_ratio * config.width
+        gate_key, up_key = jax.random.split(key)
+        self.gate = _hidden(gate_key, width, hidden)
+        self.up = _hidden(up_key, width, hidden)
+        self.down = nnx.Param(jnp.zeros((hidden, width)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTF = jax.nn.silu(_linear(x_BTD, self.gate)) * _linear(x_BTD, self.up)
+        return _linear(x_BTF, self.down)
+
+
+def roles(params: Any) -> Any:
+    """Says of each parameter of a `Llama` which role it plays in the scaling rules.
+
+    Args:
+      params: the parameters, as a `nnx.State` or a pure dict.
+
+    Returns:
+      The same tree with "embedding", "hidden" or "readout" at the leaves.
+    """
+    return jax.tree.map_with_path(lambda path, _: _ROLE_OF[path[0].key], params)
+
+
+def num_parameters(config: LlamaConfig) -> int:
+    """Number of parameters, embedding and readout included."""
+    per_layer = (4 + 3 * config.mlp_ratio) * config.width**2
+    return config.depth * per_layer + 2 * config.vocab_size * config.width
+
+
+def forward_flops_per_token(config: LlamaConfig, context: int) -> int:
+    """Floating-point operations of a forward pass per token; training takes three times as many.
+
+    Counts a multiply-add as two, attention over the whole context without the causal half, and
+    three operations per attention score for the softmax, as Qiu et al. (arXiv 2512.05620) do.
+    """
+    width = config.width
+    mlp = 2 * 3 * width * (config.mlp_ratio * width)
+    projections = 2 * width * 3 * width + 2 * width**2
+    scores = 4 * context * width + 3 * context * config.heads
+    return config.depth * (mlp + projections + scores) + 2 * width * config.vocab_size
+
+
+def _stack_of_blocks(config: LlamaConfig, key: jax.Array) -> _Block:
+    stacked = nnx.vmap(
+        lambda key: _Block(config, key), transform_metadata={nnx.PARTITION_NAME: None}
+    )
+    return stacked(jax.random.split(key, config.depth))
+
+
+def _hidden(key: jax.Array, d_in: int, d_out: int) -> nnx.Param:
+    return nnx.Param(jax.random.normal(key, (d_in, d_out)) / math.sqrt(d_in))
+
+
+def _linear(x: jax.Array, weight: nnx.Param) -> jax.Array:
+    return x @ weight[...].astype(x.dtype)
+
+
+def _rms_norm(x: jax.Array) -> jax.Array:
+    x_float32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x_float32), axis=-1, keepdims=True)
+    return (x_float32 * jax.lax.rsqrt(mean_square + _NORM_EPSILON)).astype(x.dtype)
+
+
+def _rotation(context: int, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary angles, each of shape `(T, 1, K / 2)`."""
+    frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
+    angle = jnp.arange(context)[:, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    cos, sin = rotation
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BTHK.dtype)

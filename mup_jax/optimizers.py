@@ -1,0 +1,295 @@
+"""Ready-made optimizers: a transformation, its µP rule and independent weight decay.
+
+All of them update W <- W - s(t)·(η·u + λ·W), where s(t) is the schedule, η the learning rate and
+λ the weight decay of the base model, both scaled for every parameter by the rules of
+`mup_jax.rules`. Parameters are routed by role: the preconditioned direction takes hidden matrices,
+and what takes embedding, readout and vectors stands in each docstring. Without `shapes` nothing is
+scaled, and every leaf of two or more axes counts as a hidden matrix.
+
+[Q] is Qiu et al., arXiv 2512.05620.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from mup_jax.transfer import rules
+from mup_jax.transfer.mup import add_independent_weight_decay, mup
+from mup_jax.transfer.rules import Rule
+from mup_jax.transfer.shapes import is_shape
+from mup_jax.transforms.grafting import graft
+from mup_jax.transforms.linalg import Orthogonalizer
+from mup_jax.transforms.matrices import PyTree, WeightDimensionNumbers
+from mup_jax.transforms.muon import scale_by_muon
+from mup_jax.transforms.shampoo import scale_by_shampoo
+from mup_jax.transforms.soap import scale_by_soap
+
+Scalar = float | jax.Array
+
+
+def adamw(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.9,
+    b2: float = 0.98,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on every parameter.
+
+    Args:
+      learning_rate: η of the base model.
+      schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
+      weight_decay: λ of the base model, per step, independent of η.
+      shapes: from `infer_shapes`; None for standard parametrization.
+      b1: decay of the momentum.
+      b2: decay of the second moment.
+      eps: ε of the base model, in units of the gradient.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2017; µP as in [Q].
+    """
+    direction = _scaled(optax.scale_by_adam(b1, b2, eps), rules.adam(), shapes)
+    return _optimizer(direction, learning_rate, schedule, weight_decay, shapes)
+
+
+def muon(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    beta: float = 0.95,
+    nesterov: bool = True,
+    eps: float = 1e-8,
+    orthogonalizer: Orthogonalizer = "polar_express",
+    steps: int = 5,
+    adam_learning_rate: Scalar | None = None,
+    adam_b1: float = 0.8,
+    adam_b2: float = 0.98,
+    adam_eps: float = 1e-8,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon on hidden matrices, Adam on embedding, readout and vectors ("Muon-Adam" of [Q]).
+
+    Args:
+      learning_rate: η of the base model.
+      schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
+      weight_decay: λ of the base model, per step, independent of η.
+      shapes: from `infer_shapes`; None for standard parametrization.
+      beta: as in `scale_by_muon`; so are nesterov, eps, orthogonalizer, steps and
+        weight_dimension_numbers.
+      nesterov: see beta.
+      eps: see beta.
+      orthogonalizer: see beta.
+      steps: see beta.
+      adam_learning_rate: η of Adam in the base model; None for `learning_rate`.
+      adam_b1: decay of Adam's momentum.
+      adam_b2: decay of Adam's second moment.
+      adam_eps: ε of Adam in the base model.
+      weight_dimension_numbers: see beta.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; µP as in [Q].
+    """
+    direction = scale_by_muon(
+        beta,
+        nesterov=nesterov,
+        eps=eps,
+        orthogonalizer=orthogonalizer,
+        steps=steps,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    adam = _relative_adam(learning_rate, adam_learning_rate, adam_b1, adam_b2, adam_eps, shapes)
+    routes = {"matrix": _scaled(direction, rules.muon(), shapes), "adam": adam}
+    return _optimizer(_route_hidden(routes, shapes), learning_rate, schedule, weight_decay, shapes)
+
+
+def shampoo(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.95,
+    b2: float = 0.98,
+    eps: float = 1e-5,
+    exponent: float = 0.5,
+    block_size: int | None = 512,
+    max_preconditioner_dim: int = 10_000,
+    precondition_frequency: int = 10,
+    stagger: bool = True,
+    adam_learning_rate: Scalar | None = None,
+    adam_eps: float = 1e-8,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Shampoo² with blocks, grafted to Adam, on hidden matrices; Adam on the others ([Q]).
+
+    Args:
+      learning_rate: η of the base model.
+      schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
+      weight_decay: λ of the base model, per step, independent of η.
+      shapes: from `infer_shapes`; None for standard parametrization.
+      b1: decay of the momentum, of Adam's too.
+      b2: decay of the statistics, and of Adam's second moment.
+      eps: ridge of the roots, times the largest eigenvalue of each factor.
+      exponent: as in `scale_by_shampoo`; so are block_size, max_preconditioner_dim,
+        precondition_frequency, stagger and weight_dimension_numbers.
+      block_size: see exponent.
+      max_preconditioner_dim: see exponent.
+      precondition_frequency: see exponent.
+      stagger: see exponent.
+      adam_learning_rate: η of embedding, readout and vectors in the base model; None for
+        `learning_rate`.
+      adam_eps: ε of Adam in the base model, also of the Adam that sets the size of Shampoo's
+        updates.
+      weight_dimension_numbers: see exponent.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      Gupta et al., `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018; Shi et al., `Distributed
+      Shampoo <https://arxiv.org/abs/2309.06497>`_, 2023; µP as in [Q].
+    """
+    direction = graft(
+        optax.scale_by_adam(b1, b2, adam_eps),
+        scale_by_shampoo(
+            b1,
+            b2,
+            eps,
+            exponent=exponent,
+            block_size=block_size,
+            max_preconditioner_dim=max_preconditioner_dim,
+            precondition_frequency=precondition_frequency,
+            stagger=stagger,
+            weight_dimension_numbers=weight_dimension_numbers,
+        ),
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    adam = _relative_adam(learning_rate, adam_learning_rate, b1, b2, adam_eps, shapes)
+    routes = {"matrix": _scaled(direction, rules.grafted(rules.adam()), shapes), "adam": adam}
+    return _optimizer(_route_hidden(routes, shapes), learning_rate, schedule, weight_decay, shapes)
+
+
+def soap(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.9,
+    b2: float = 0.98,
+    eps: float = 1e-8,
+    block_size: int | None = 512,
+    max_preconditioner_dim: int = 10_000,
+    precondition_frequency: int = 10,
+    exact_steps: int = 1,
+    stagger: bool = True,
+    adam_learning_rate: Scalar | None = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SOAP with blocks on hidden matrices, Adam on embedding, readout and vectors.
+
+    Args:
+      learning_rate: η of the base model.
+      schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
+      weight_decay: λ of the base model, per step, independent of η.
+      shapes: from `infer_shapes`; None for standard parametrization.
+      b1: decay of the momentum, of Adam's too.
+      b2: decay of the second moment and of the statistics, of Adam's too.
+      eps: ε of the base model, of SOAP and of Adam, in units of the gradient.
+      block_size: as in `scale_by_soap`; so are max_preconditioner_dim, precondition_frequency,
+        exact_steps, stagger and weight_dimension_numbers.
+      max_preconditioner_dim: see block_size.
+      precondition_frequency: see block_size.
+      exact_steps: see block_size.
+      stagger: see block_size.
+      adam_learning_rate: η of embedding, readout and vectors in the base model; None for
+        `learning_rate`.
+      weight_dimension_numbers: see block_size.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024; µP as in [Q].
+    """
+    direction = scale_by_soap(
+        b1,
+        b2,
+        eps,
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        precondition_frequency=precondition_frequency,
+        exact_steps=exact_steps,
+        stagger=stagger,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    rule = rules.soap(block_size=block_size, max_preconditioner_dim=max_preconditioner_dim)
+    adam = _relative_adam(learning_rate, adam_learning_rate, b1, b2, eps, shapes)
+    routes = {"matrix": _scaled(direction, rule, shapes), "adam": adam}
+    return _optimizer(_route_hidden(routes, shapes), learning_rate, schedule, weight_decay, shapes)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "shampoo": shampoo, "soap": soap}
+
+
+def _scaled(
+    direction: optax.GradientTransformation, rule: Rule, shapes: PyTree | None
+) -> optax.GradientTransformation:
+    return direction if shapes is None else mup(direction, rule, shapes)
+
+
+def _relative_adam(
+    learning_rate: Scalar,
+    adam_learning_rate: Scalar | None,
+    b1: float,
+    b2: float,
+    eps: float,
+    shapes: PyTree | None,
+) -> optax.GradientTransformation:
+    """Adam whose update is scaled so that the common factor η makes it `adam_learning_rate`."""
+    adam = _scaled(optax.scale_by_adam(b1, b2, eps), rules.adam(), shapes)
+    if adam_learning_rate is None:
+        return adam
+    return optax.chain(adam, optax.scale(adam_learning_rate / learning_rate))
+
+
+def _route_hidden(
+    routes: dict[str, optax.GradientTransformation], shapes: PyTree | None
+) -> optax.GradientTransformation:
+    """Hidden matrices to routes["matrix"], all others to routes["adam"]."""
+
+    def labels(params: PyTree) -> Any:
+        if shapes is None:
+            return jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "adam", params)
+        by_role = lambda s: "matrix" if s.role == "hidden" else "adam"
+        return jax.tree.map(by_role, shapes, is_leaf=is_shape)
+
+    return optax.partition(routes, labels)
+
+
+def _optimizer(
+    direction: optax.GradientTransformation,
+    learning_rate: Scalar,
+    schedule: optax.Schedule | None,
+    weight_decay: Scalar,
+    shapes: PyTree | None,
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(
+        direction,
+        optax.scale(learning_rate),
+        add_independent_weight_decay(weight_decay, shapes),
+        optax.scale_by_schedule(schedule or (lambda count: 1.0)),
+        optax.scale(-1.0),
+    )

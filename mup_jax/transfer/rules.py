@@ -1,0 +1,172 @@
+"""The scaling rules as data.
+
+A rule says how learning rate and ε of one optimizer change from a base model to a larger one, so
+that every layer's output changes by Θ(1) per step at any width and depth. All quantities in it are
+ratios to the base model: at the base shapes every factor is 1.
+
+[Q] is Qiu et al., arXiv 2512.05620; [G] is Gupta et al., arXiv 2602.20937.
+"""
+
+from dataclasses import dataclass, replace
+
+from mup_jax.transfer.shapes import ParamShape
+from mup_jax.transforms.blocking import Blocking, Sides
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """d_in^a · d_out^b · L^c · n_blk^d · b^e, with every quantity as a ratio to the base.
+
+    Attributes:
+      d_in: exponent of the fan-in.
+      d_out: exponent of the fan-out.
+      depth: exponent of the number of layers L (1 outside the residual blocks).
+      blocks: exponent of the number of blocks of the matrix.
+      block: exponent of the block length along one side; only in the law of a side.
+    """
+
+    d_in: float = 0.0
+    d_out: float = 0.0
+    depth: float = 0.0
+    blocks: float = 0.0
+    block: float = 0.0
+
+
+NO_BLOCKS = Blocking(block_size=None, max_preconditioner_dim=0)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one optimizer's learning rate and ε scale.
+
+    Both are a power law, times the law of a side for each side that has a preconditioner.
+
+    Attributes:
+      name: of the optimizer.
+      learning_rate_law: of η.
+      epsilon_law: of an absolute ε.
+      homogeneity: h, where the optimizer without ε maps c·G to c^h times its update of G; of a
+        matrix with both sides preconditioned.
+      learning_rate_per_side: factor of η for each preconditioned side.
+      epsilon_per_side: likewise of ε.
+      homogeneity_per_side: what one preconditioned side contributes to h.
+      epsilon_degree: the power of the gradient that ε is compared with; 0 where ε needs no rule.
+      blocking: which sides have a preconditioner, in which blocks.
+      source: of the rule.
+    """
+
+    name: str
+    learning_rate_law: PowerLaw
+    epsilon_law: PowerLaw = PowerLaw()
+    homogeneity: float = 0.0
+    learning_rate_per_side: PowerLaw = PowerLaw()
+    epsilon_per_side: PowerLaw = PowerLaw()
+    homogeneity_per_side: float = 0.0
+    epsilon_degree: int = 1
+    blocking: Blocking = NO_BLOCKS
+    source: str = "[Q], [G]"
+
+    def learning_rate(self, shape: ParamShape) -> float:
+        """The factor of η for a parameter."""
+        return self._factor(self.learning_rate_law, self.learning_rate_per_side, shape)
+
+    def epsilon(self, shape: ParamShape) -> float:
+        """The factor of an absolute ε for a parameter."""
+        return self._factor(self.epsilon_law, self.epsilon_per_side, shape)
+
+    def gradient_scale(self, shape: ParamShape) -> float:
+        """c such that running the optimizer on c·G with the base ε is the same as scaling ε."""
+        return self.epsilon(shape) ** (-1 / self.epsilon_degree) if self.epsilon_degree else 1.0
+
+    def update_scale(self, shape: ParamShape) -> float:
+        """The factor of the update of c·G: η's factor, with c^h taken out again."""
+        missing_sides = 2 - sum(self.blocking.of(shape.d_in, shape.d_out))
+        degree = self.homogeneity - missing_sides * self.homogeneity_per_side
+        return self.learning_rate(shape) * self.gradient_scale(shape) ** -degree
+
+    def _factor(self, law: PowerLaw, per_side: PowerLaw, shape: ParamShape) -> float:
+        here = (shape.d_in, shape.d_out)
+        base = (shape.base_d_in, shape.base_d_out)
+        on_sides = self.blocking.of(*here)
+        blocks, base_blocks = self.blocking.count(*here), self.blocking.count(*base)
+
+        def evaluate(law: PowerLaw, block_ratio: float = 1.0) -> float:
+            return (
+                (here[0] / base[0]) ** law.d_in
+                * (here[1] / base[1]) ** law.d_out
+                * shape.depth_ratio**law.depth
+                * (blocks / base_blocks) ** law.blocks
+                * block_ratio**law.block
+            )
+
+        factor = evaluate(law)
+        for d, base_d, on in zip(here, base, on_sides, strict=True):
+            if on:
+                ratio = self.blocking.block_length(d) / self.blocking.block_length(base_d)
+                factor *= evaluate(per_side, ratio)
+        return factor
+
+
+def adam() -> Rule:
+    """Adam, AdamW: η ∝ 1/d_in, ε ∝ 1/(L·d_out)."""
+    return Rule("adam", PowerLaw(d_in=-1), PowerLaw(d_out=-1, depth=-1))
+
+
+def muon() -> Rule:
+    """Muon without shape factor: η ∝ √(d_out/d_in), ε ∝ √(d_in/d_out)/L."""
+    return Rule("muon", PowerLaw(d_in=-0.5, d_out=0.5), PowerLaw(d_in=0.5, d_out=-0.5, depth=-1))
+
+
+def shampoo(
+    *,
+    exponent: float = 0.5,
+    block_size: int | None = 512,
+    relative_eps: bool = True,
+    max_preconditioner_dim: int = 10_000,
+    sides: Sides = "both",
+) -> Rule:
+    """Shampoo with exponent e on each of its sides; arguments as in `scale_by_shampoo`.
+
+    With E the sum over its sides: η ∝ (d_out/d_in)^(1-E) · L^(1-2E) · n_blk^(-E); an absolute
+    ε ∝ d_in/(L²·d_out·n_blk), a relative one needs no rule. [G] covers E = 1/2 without blocks and
+    calls ε constant.
+    """
+    return Rule(
+        "shampoo",
+        PowerLaw(d_in=-1, d_out=1, depth=1),
+        PowerLaw() if relative_eps else PowerLaw(d_in=1, d_out=-1, depth=-2, blocks=-1),
+        homogeneity=1 - 4 * exponent,
+        learning_rate_per_side=PowerLaw(
+            d_in=exponent, d_out=-exponent, depth=-2 * exponent, blocks=-exponent
+        ),
+        homogeneity_per_side=-2 * exponent,
+        epsilon_degree=0 if relative_eps else 2,
+        blocking=Blocking(block_size, max_preconditioner_dim, sides),
+        source="[Q]",
+    )
+
+
+def soap(
+    *,
+    block_size: int | None = 512,
+    max_preconditioner_dim: int = 10_000,
+    sides: Sides = "both",
+) -> Rule:
+    """SOAP; arguments as in `scale_by_soap`.
+
+    Adam's rule, times √b for each rotated side in blocks of length b, in η and in ε.
+    """
+    return Rule(
+        "soap",
+        PowerLaw(d_in=-1),
+        PowerLaw(d_out=-1, depth=-1),
+        learning_rate_per_side=PowerLaw(block=0.5),
+        epsilon_per_side=PowerLaw(block=0.5),
+        blocking=Blocking(block_size, max_preconditioner_dim, sides),
+        source="[Q]",
+    )
+
+
+def grafted(magnitude_rule: Rule) -> Rule:
+    """Q1#Q2: the rule of Q1, whose update sets the size."""
+    return replace(magnitude_rule, name=f"{magnitude_rule.name}#", source="[Q]")

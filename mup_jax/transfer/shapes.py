@@ -1,0 +1,136 @@
+"""ParamShape: what a scaling rule has to know of a parameter, in plain numbers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+
+from mup_jax.transforms.matrices import (
+    MatrixLayout,
+    PyTree,
+    WeightDimensionNumbers,
+    map_static,
+    matrix_layout,
+    resolve_dimension_numbers,
+)
+
+Role = Literal["embedding", "hidden", "readout", "vector"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class ParamShape:
+    """Fan-in, fan-out, depth and role of one parameter, in the target and in the base model.
+
+    Plain Python numbers: sharding, jit and checkpoints cannot lose them. Vectors (biases, norm
+    gains) count as matrices with a fan-in of 1.
+    """
+
+    role: Role
+    d_in: int
+    d_out: int
+    base_d_in: int
+    base_d_out: int
+    depth_ratio: float = 1.0
+
+    @property
+    def width_ratio(self) -> float:
+        """Target width over base width; fan-in and fan-out disagree only where one is fixed."""
+        return max(self.d_in / self.base_d_in, self.d_out / self.base_d_out)
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, ParamShape)
+
+
+def map_shapes(function: Callable, shapes: PyTree, tree: PyTree) -> PyTree:
+    """`function(shape, leaf)` over a tree of ParamShape beside a tree that a mask may have cut.
+
+    Raises:
+      ValueError: the trees have different structures.
+    """
+    try:
+        return map_static(function, shapes, tree, is_leaf=is_shape)
+    except ValueError as error:
+        raise ValueError(
+            "the tree of shapes does not have the structure of the parameters: pass the same "
+            f"parameter tree to infer_shapes and to the optimizer ({error})"
+        ) from error
+
+
+def _infer_role(here: MatrixLayout, there: MatrixLayout) -> Role:
+    in_grows, out_grows = here.d_in != there.d_in, here.d_out != there.d_out
+    if in_grows == out_grows:
+        return "hidden"
+    return "embedding" if out_grows else "readout"
+
+
+def infer_shapes(
+    base_params: PyTree,
+    params: PyTree,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    depth_ratio: float = 1.0,
+    roles: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> PyTree:
+    """Compares a model with its base model and returns a tree of ParamShape.
+
+    Both trees may be abstract (`jax.eval_shape` of the initialisation costs nothing). A matrix is
+    an embedding where only its fan-out differs from the base, a readout where only its fan-in does,
+    and hidden otherwise.
+
+    Args:
+      base_params: parameters, or their shapes, of the model in which hyperparameters were tuned.
+      params: those of the model to train; the same structure.
+      weight_dimension_numbers: which axes are fan-in and fan-out, as in `scale_by_muon`; scanned
+        layers `(layers, d_in, d_out)` are `MuonDimensionNumbers(-2, -1)`.
+      depth_ratio: layers of the model over layers of the base; counts for hidden parameters and
+        vectors only.
+      roles: "embedding", "hidden", "readout" or "vector" for each parameter, as a tree like
+        `params` or a function of it, where comparing shapes does not tell. With roles given, the
+        two trees may be equal: that is the base model itself.
+
+    Returns:
+      A tree of ParamShape with the structure of `params`.
+
+    Raises:
+      ValueError: structures or ranks differ, no dimension differs and no roles are given, or a
+        role is unknown.
+    """
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (base_params, params)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "base_params and params have different structures: build both with the same code and "
+            f"only other widths; got {structures[0]} and {structures[1]}"
+        )
+    if depth_ratio <= 0:
+        raise ValueError(f"depth_ratio={depth_ratio}: give layers / base layers, above 0")
+    shapes_of = lambda tree: [tuple(leaf.shape) for leaf in jax.tree.leaves(tree)]
+    if roles is None and depth_ratio == 1.0 and shapes_of(base_params) == shapes_of(params):
+        raise ValueError(
+            "no dimension of params differs from base_params, which would train in standard "
+            "parametrization: pass the tuned base model's shapes; for the base model itself say "
+            "what each parameter is with roles="
+        )
+    if roles is None:
+        roles = jax.tree.map(lambda _: None, params)
+    elif callable(roles):
+        roles = roles(params)
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
+    numbers = resolve_dimension_numbers(weight_dimension_numbers, params)
+
+    def shape_of(path: str, base: Any, leaf: Any, role: Any, number: Any) -> ParamShape:
+        if len(base.shape) != len(leaf.shape):
+            raise ValueError(f"{path} has shape {base.shape} in the base and {leaf.shape} here")
+        if role is not None and role not in ROLES:
+            raise ValueError(f"role {role!r} of {path}: choose one of {', '.join(ROLES)}")
+        if len(leaf.shape) < 2 or role == "vector":
+            size, base_size = (int(x.shape[-1]) if x.shape else 1 for x in (leaf, base))
+            return ParamShape("vector", 1, size, 1, base_size, depth_ratio)
+        here, there = (matrix_layout(tuple(x.shape), number, path) for x in (leaf, base))
+        role = role or _infer_role(here, there)
+        depth = depth_ratio if role == "hidden" else 1.0
+        return ParamShape(role, here.d_in, here.d_out, there.d_in, there.d_out, depth)
+
+    return jax.tree.map(shape_of, paths, base_params, params, roles, numbers)

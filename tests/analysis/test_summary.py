@@ -1,0 +1,185 @@
+"""From result lines to report.json: what is chosen, measured, left out and said."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mup_jax.analysis import compute_multiplier, finding, markdown, summarize, terminal_table
+
+from .conftest import MULTIPLIERS, TUNED, WIDTHS, cell
+
+RUNGS = [f"w{width}" for width in WIDTHS]
+
+
+def of(lines, **want):
+    return [line for line in lines if all(line[key] == value for key, value in want.items())]
+
+
+def test_a_finished_ladder(ladder):
+    report = summarize(ladder)
+    json.dumps(report, allow_nan=False)
+    assert [rung["name"] for rung in report["rungs"]] == RUNGS
+    assert list(report["optimizers"]) == list(MULTIPLIERS)
+    for name, multiplier in MULTIPLIERS.items():
+        summary = report["optimizers"][name]
+        assert summary["best_learning_rate"]["w24"] == TUNED
+        for rung in RUNGS:
+            entry = summary["compute_multiplier"][rung]
+            assert entry["value"] == pytest.approx(multiplier, abs=0.05)
+            assert entry["low"] <= entry["value"] <= entry["high"]
+            assert len(summary["final_loss_by_seed"][rung]) == 3
+            assert summary["optimizer_flops_share"][rung] == pytest.approx(0.01)
+            assert summary["optimizer_seconds_share"][rung] == pytest.approx(0.25)
+        assert summary["steps_per_second"]["w24"] == pytest.approx(2 * 24**2 / 10)
+        assert summary["coordinate_check"]["w48"] == pytest.approx(2**0.1)
+        assert [len(sweep) for sweep in summary["learning_rate_sweep"].values()] == [5, 3, 3, 3]
+    assert report["seed_noise"] == pytest.approx(0.001, rel=0.5)
+
+
+def test_multipliers_come_from_the_reported_losses(ladder):
+    report = summarize(ladder)
+    compute = [rung["flops"] for rung in report["rungs"]]
+    muon, adamw = (report["optimizers"][name] for name in ("muon", "adamw"))
+    np.testing.assert_allclose(
+        [entry["value"] for entry in muon["compute_multiplier"].values()],
+        compute_multiplier(
+            compute,
+            list(muon["final_loss"].values()),
+            baseline_compute=compute,
+            baseline_loss=list(adamw["final_loss"].values()),
+        ),
+    )
+
+
+def test_the_order_of_lines_does_not_matter(ladder):
+    shuffled = [ladder[i] for i in np.random.default_rng(0).permutation(len(ladder))]
+    report, same = summarize(ladder), summarize(shuffled)
+    assert report["optimizers"] == same["optimizers"]
+    assert sorted(report["notes"]) == sorted(same["notes"])
+
+
+def test_larger_rungs_report_the_transferred_rate_and_note_a_better_one(ladder):
+    for line in of(ladder, optimizer="muon", rung="w64", learning_rate=TUNED / 2):
+        line["validation_loss"] *= 0.97
+    report = summarize(ladder)
+    muon = report["optimizers"]["muon"]
+    transferred = of(ladder, optimizer="muon", rung="w64", learning_rate=TUNED)
+    expected = np.mean([line["validation_loss"] for line in transferred])
+    assert muon["final_loss"]["w64"] == pytest.approx(expected)
+    assert muon["best_learning_rate"]["w64"] == TUNED / 2
+    assert any("muon at w64: the transferred learning rate" in note for note in report["notes"])
+
+
+def test_a_rate_better_within_the_noise_is_not_noted(ladder):
+    transferred = of(ladder, optimizer="muon", rung="w64", learning_rate=TUNED)
+    mean = np.mean([line["validation_loss"] for line in transferred])
+    for line in of(ladder, optimizer="muon", rung="w64", learning_rate=TUNED / 2):
+        line["validation_loss"] = mean * 0.9999
+    report = summarize(ladder)
+    assert report["optimizers"]["muon"]["best_learning_rate"]["w64"] == TUNED / 2
+    assert not any("transferred" in note for note in report["notes"])
+
+
+def test_a_diverged_rate_is_never_the_best(ladder):
+    of(ladder, optimizer="soap", rung="w24", learning_rate=TUNED)[0]["validation_loss"] = None
+    report = summarize(ladder)
+    soap = report["optimizers"]["soap"]
+    assert soap["best_learning_rate"]["w24"] != TUNED
+    assert [TUNED, None] in soap["learning_rate_sweep"]["w24"]
+    assert any("soap at w24: 1 of 3 runs diverged" in note for note in report["notes"])
+
+
+def test_a_diverged_transfer_has_no_loss_and_no_multiplier(ladder):
+    of(ladder, optimizer="soap", rung="w48", learning_rate=TUNED)[0]["validation_loss"] = None
+    report = summarize(ladder)
+    soap = report["optimizers"]["soap"]
+    assert list(soap["final_loss"]) == list(soap["compute_multiplier"]) == ["w24", "w32", "w64"]
+    assert soap["final_loss_by_seed"]["w48"][0] is None
+    assert "diverged in 1 of 3" in markdown(report)
+
+
+def test_notes_on_extrapolation_parity_and_the_edge_of_a_grid(ladder):
+    for line in of(ladder, optimizer="muon", rung="w24"):
+        line["validation_loss"] *= 0.9 if line["learning_rate"] == TUNED * 4 else 1
+    notes = "\n".join(summarize(ladder)["notes"])
+    assert "muon: the best learning rate at w24, 0.0625, is the upper end" in notes
+    assert "muon has no result yet at w32, w48 and w64" in notes
+    assert "soap: the multiplier at w64 extrapolates adamw's curve" in notes
+    assert "shampoo: the multiplier's 90% interval at" in notes
+
+
+@pytest.mark.parametrize(
+    ("keep", "note"),
+    [
+        ({"optimizer": "muon"}, "no adamw run has finished"),
+        ({"rung": "w24"}, "the baseline has 1 point"),
+        ({"seed": 0}, "has a rung of one seed"),
+        ({"seed": 0, "rung": "w24", "learning_rate": TUNED}, "was not tuned"),
+        ({"rung": "w64", "optimizer": "adamw", "seed": 2}, "the baseline has 1 point"),
+    ],
+)
+def test_an_unfinished_ladder_reports_what_is_there(ladder, keep, note):
+    report = summarize(of(ladder, **keep))
+    json.dumps(report, allow_nan=False)
+    assert note in "\n".join(report["notes"])
+    assert finding(report) in markdown(report)
+    assert terminal_table(report)
+
+
+def test_one_seed_gives_multipliers_without_intervals(ladder):
+    report = summarize(of(ladder, seed=0))
+    entry = report["optimizers"]["muon"]["compute_multiplier"]["w48"]
+    assert set(entry) == {"value", "extrapolated"}
+    assert report["seed_noise"] is None
+    assert "may be noise between seeds" in finding(report)
+
+
+def test_a_baseline_that_gets_worse_gives_no_multipliers(ladder):
+    for line in of(ladder, optimizer="adamw", rung="w64"):
+        line["validation_loss"] = 2.9
+    report = summarize(ladder)
+    assert "must decrease" in report["notes"][0]
+    assert finding(report).startswith("No compute multiplier")
+
+
+def test_everything_diverged():
+    report = summarize([cell("w24", name, TUNED, 0, None) for name in ("adamw", "muon")])
+    assert report["optimizers"]["muon"]["final_loss"] == {}
+    assert "muon has no finished learning rate at w24" in "\n".join(report["notes"])
+
+
+def test_finding_says_where(ladder):
+    sentence = finding(summarize(ladder))
+    assert "muon needs less compute at every rung (multiplier 1.3" in sentence
+    assert "shampoo needs less compute at 2 of 4 rungs" in sentence
+
+
+def test_finding_says_when_an_optimizer_is_worse(ladder):
+    for line in of(ladder, optimizer="shampoo"):
+        line["validation_loss"] *= 1.02
+    sentence = finding(summarize(ladder))
+    assert "shampoo needs no less compute at any rung, and more at w24, w32, w48, w64" in sentence
+
+
+def test_markdown_has_tables_figures_and_notes(ladder):
+    page = markdown(summarize(ladder), ["loss_vs_compute.png"])
+    for part in ("## Compute multiplier over adamw", "![Loss vs compute](loss_vs_compute.png)"):
+        assert part in page
+    assert "*e*" in page
+    assert "| fingerprint | abc |" in page.replace("corpus: ", "")
+
+
+def test_cells_of_two_configurations_are_refused(ladder):
+    with pytest.raises(ValueError, match=r"both muon at w24, learning rate 0\.015625, seed 1"):
+        summarize([*ladder, cell("w24", "muon", TUNED, 1, 2.0)])
+
+
+def test_no_results_are_refused():
+    with pytest.raises(ValueError, match="0 cells"):
+        summarize([])
+
+
+def test_mixed_devices_are_noted(ladder):
+    ladder[3]["device"] = "gpu"
+    assert "differ in their device" in summarize(ladder)["notes"][0]

@@ -1,0 +1,19 @@
+"""Textbook optimizers in numpy float64, to test the library against.
+
+Each class takes one 2-D gradient `G` of shape (d_in, d_out) a step and returns the direction `u` of
+the same shape: positive, without learning rate, momentum and bias corrections included. They share
+no code with `mup_jax`, work on one matrix at a time, loop over blocks in Python, and prefer the
+obvious formula to the fast or the robust one. All-zero gradients are outside their domain.
+
+Papers write a weight as (d_out, d_in): their left factor L is our "out" factor, an average of GᵀG,
+and their right factor R is our "in" factor, an average of G Gᵀ.
+"""
+
+from .adam import Adam
+from .blocks import every
+from .graft import Graft
+from .muon import JORDAN, Muon
+from .shampoo import Shampoo
+from .soap import Soap
+
+__all__ = ["JORDAN", "Adam", "Graft", "Muon", "Shampoo", "Soap", "every"]

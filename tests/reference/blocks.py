@@ -1,0 +1,35 @@
+"""What Shampoo and SOAP share: where a matrix is cut, which sides are kept, when to refresh."""
+
+from collections.abc import Callable
+
+Refresh = Callable[[int, int], bool]
+
+
+def every(frequency: int) -> Refresh:
+    """A schedule `refresh(step, block_index)`, steps from 0: all blocks on the same one."""
+    return lambda step, block: step % frequency == 0
+
+
+def kept_sides(
+    shape: tuple[int, int], sides: str, max_preconditioner_dim: int
+) -> tuple[bool, bool]:
+    """Whether the in side and the out side have a factor."""
+    d_in, d_out = shape
+    return (
+        sides in ("both", "in") and d_in <= max_preconditioner_dim,
+        sides in ("both", "out") and d_out <= max_preconditioner_dim,
+    )
+
+
+def cut(
+    shape: tuple[int, int], kept: tuple[bool, bool], block_size: int
+) -> list[tuple[slice, slice]]:
+    """Blocks row by row, the last of a side smaller; a side without a factor is not cut."""
+    d_in, d_out = shape
+    b_in = block_size if kept[0] else d_in
+    b_out = block_size if kept[1] else d_out
+    return [
+        (slice(i, min(i + b_in, d_in)), slice(j, min(j + b_out, d_out)))
+        for i in range(0, d_in, b_in)
+        for j in range(0, d_out, b_out)
+    ]

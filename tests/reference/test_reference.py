@@ -1,0 +1,175 @@
+"""The references against facts that can be worked out by hand."""
+
+import numpy as np
+import pytest
+
+from . import JORDAN, Adam, Graft, Muon, Shampoo, Soap, every
+from .blocks import cut
+
+RNG = np.random.default_rng(0)
+RANK_ONE = np.outer(RNG.normal(size=5), RNG.normal(size=3))
+MOVING = list(RNG.normal(size=(6, 5, 3)))
+
+
+def run(optimizer, gradients):
+    return [optimizer.update(G) for G in gradients]
+
+
+def test_adam_first_step_is_the_sign():
+    np.testing.assert_allclose(Adam(eps=0.0).update(MOVING[0]), np.sign(MOVING[0]))
+
+
+def test_adam_second_step_by_hand():
+    adam = Adam(b1=0.5, b2=0.5, eps=0.0)
+    adam.update(np.array([[1.0]]))
+    # m = .25 + 1.5, v = .25 + 4.5, both divided by 1 - .25
+    assert adam.update(np.array([[3.0]]))[0, 0] == pytest.approx((7 / 3) / np.sqrt(19 / 3))
+
+
+def test_exact_muon_is_the_polar_factor():
+    U, _, Vt = np.linalg.svd(MOVING[0], full_matrices=False)
+    np.testing.assert_allclose(Muon(coefficients=None).update(MOVING[0]), U @ Vt, atol=1e-12)
+
+
+def test_exact_muon_of_rank_one():
+    expected = RANK_ONE / np.linalg.norm(RANK_ONE)
+    np.testing.assert_allclose(Muon(coefficients=None).update(RANK_ONE), expected, atol=1e-12)
+
+
+def test_newton_schulz_acts_on_each_singular_value():
+    U, s, Vt = np.linalg.svd(MOVING[0], full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for a, b, c in JORDAN:
+        s = a * s + b * s**3 + c * s**5
+    np.testing.assert_allclose(Muon(eps=0.0).update(MOVING[0]), (U * s) @ Vt, atol=1e-12)
+
+
+def test_nesterov_of_a_second_gradient():
+    muon = Muon(beta=0.5, coefficients=[(1.0, 0.0, 0.0)], eps=0.0)
+    first, second = MOVING[:2]
+    muon.update(first)
+    expected = 0.125 * first + 0.25 * second + 0.5 * second
+    np.testing.assert_allclose(muon.update(second), expected / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(("exponent", "power"), [(0.5, 1.0), (0.25, 0.0)])
+def test_shampoo_of_a_rank_one_gradient(exponent, power):
+    # The one singular value σ becomes σ · (σ²(1+ε))^(-2e): 1/σ for ½,½ and 1 for ¼,¼.
+    size = np.linalg.norm(RANK_ONE)
+    u = Shampoo(e_in=exponent, e_out=exponent).update(RANK_ONE)
+    np.testing.assert_allclose(u, RANK_ONE / size / size**power, rtol=2e-5)
+
+
+def test_shampoo_with_absolute_epsilon():
+    u = Shampoo(eps=2.0, relative_eps=False).update(np.diag([1.0, 3.0]))
+    np.testing.assert_allclose(u, np.diag([1 / 3, 3 / 11]), atol=1e-12)
+
+
+def test_shampoo_exponents_belong_to_their_sides():
+    G = np.array([[3.0, 0.0], [0.0, 0.0]])
+    u = Shampoo(eps=1.0, relative_eps=False, e_in=1.0, e_out=0.0).update(G)
+    np.testing.assert_allclose(u, G / 10, atol=1e-12)
+    np.testing.assert_allclose(
+        Shampoo(eps=1.0, relative_eps=False, e_in=1.0, sides="in").update(G), u
+    )
+
+
+def test_one_side_whitens_that_side():
+    u = Shampoo(eps=0.0, sides="out").update(MOVING[0])
+    np.testing.assert_allclose(u.T @ u, np.eye(3), atol=1e-12)
+
+
+def test_shampoo_keeps_its_roots_between_refreshes():
+    rare = run(Shampoo(b1=0.0, refresh=every(3)), [MOVING[0]] * 3)
+    scaled = run(Shampoo(b1=0.0, refresh=every(3)), [MOVING[0], 2 * MOVING[0], 3 * MOVING[0]])
+    np.testing.assert_allclose(scaled[1], 2 * rare[0])
+    np.testing.assert_allclose(scaled[2], 3 * rare[0])
+
+
+def test_cut_covers_the_matrix_with_smaller_edge_blocks():
+    blocks = cut((5, 3), (True, True), 2)
+    assert [(rows.stop - rows.start, cols.stop - cols.start) for rows, cols in blocks] == [
+        (2, 2),
+        (2, 1),
+        (2, 2),
+        (2, 1),
+        (1, 2),
+        (1, 1),
+    ]
+    seen = np.zeros((5, 3))
+    for where in blocks:
+        seen[where] += 1
+    np.testing.assert_array_equal(seen, 1)
+
+
+@pytest.mark.parametrize("optimizer", [Shampoo, Soap])
+def test_each_block_is_a_matrix_of_its_own(optimizer):
+    whole = run(optimizer(block_size=2), MOVING)
+    for where in cut((5, 3), (True, True), 2):
+        alone = run(optimizer(), [G[where] for G in MOVING])
+        np.testing.assert_allclose([u[where] for u in whole], alone, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [Shampoo, Soap])
+def test_a_long_side_is_left_alone_and_not_cut(optimizer):
+    long = run(optimizer(block_size=3, max_preconditioner_dim=3), MOVING)
+    np.testing.assert_allclose(long, run(optimizer(sides="out"), MOVING))
+
+
+@pytest.mark.parametrize("optimizer", [Shampoo, Soap])
+def test_staggered_blocks_refresh_at_their_own_steps(optimizer):
+    def staggered(step, block):
+        return step % 3 == block % 3
+
+    whole = run(optimizer(block_size=3, refresh=staggered), MOVING)
+    second = run(optimizer(refresh=lambda step, block: step % 3 == 1), [G[3:] for G in MOVING])
+    np.testing.assert_allclose([u[3:] for u in whole], second)
+
+
+@pytest.mark.parametrize("eigh_steps", [1, 100])
+def test_soap_of_diagonal_gradients_is_adam(eigh_steps):
+    # Off the diagonal both are 0/ε; on it the basis is the axes, however they are permuted.
+    gradients = [np.diag(d) for d in RNG.normal(size=(8, 4)) * [1.0, 3.0, 2.0, 0.5]]
+    soap = run(Soap(eigh_steps=eigh_steps), gradients)
+    np.testing.assert_allclose(soap, run(Adam(eps=1e-8), gradients), atol=1e-6)
+
+
+def test_soap_first_step_of_a_square_gradient_is_orthogonal():
+    # In its own singular basis the gradient is diagonal, and Adam makes it a sign matrix.
+    U, _, Vt = np.linalg.svd(MOVING[0][:3])
+    np.testing.assert_allclose(Soap().update(MOVING[0][:3]), U @ Vt, atol=1e-6)
+
+
+def test_soap_without_a_side_to_rotate_is_adam():
+    soap = run(Soap(max_preconditioner_dim=2, eps=0.0), MOVING)
+    np.testing.assert_allclose(soap, run(Adam(eps=0.0), MOVING))
+
+
+@pytest.mark.parametrize("optimizer", [Shampoo, Soap, Muon])
+def test_rotating_the_gradient_rotates_the_update(optimizer):
+    # Square gradients: rank-deficient factors would leave the null space of the basis arbitrary.
+    gradients = [G[:3] for G in MOVING]
+    U = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
+    V = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
+    plain = run(optimizer(), gradients)
+    rotated = run(optimizer(), [U @ G @ V for G in gradients])
+    np.testing.assert_allclose(rotated, [U @ u @ V for u in plain], rtol=1e-6, atol=1e-7)
+
+
+def test_soap_of_the_transpose_is_the_transpose():
+    square = [G[:3] for G in MOVING]
+    transposed = run(Soap(), [G.T for G in square])
+    np.testing.assert_allclose(transposed, [u.T for u in run(Soap(), square)], atol=1e-7)
+
+
+def test_graft_has_the_magnitude_of_one_and_the_direction_of_the_other():
+    u = Graft(Adam(), Shampoo(block_size=2)).update(MOVING[0])
+    direction = Shampoo(block_size=2).update(MOVING[0])
+    assert np.linalg.norm(u) == pytest.approx(np.linalg.norm(Adam().update(MOVING[0])))
+    np.testing.assert_allclose(u / np.linalg.norm(u), direction / np.linalg.norm(direction))
+
+
+def test_graft_epsilon_by_hand():
+    one = np.ones((1, 1))
+    graft = Graft(Adam(eps=0.0), Muon(coefficients=[(1.0, 0.0, 0.0)], eps=0.0), eps=1.0)
+    assert graft.update(one)[0, 0] == pytest.approx(0.5)
