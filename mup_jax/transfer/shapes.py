@@ -37,7 +37,8 @@ class ParamShape:
     @property
     def width_ratio(self) -> float:
         """Target width over base width; fan-in and fan-out disagree only where one is fixed."""
-        return max(self.d_in / self.base_d_in, self.d_out / self.base_d_out)
+        ratios = (self.d_in / self.base_d_in, self.d_out / self.base_d_out)
+        return max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
 
 
 def is_shape(value: Any) -> bool:
@@ -89,7 +90,7 @@ def infer_shapes(
         vectors only.
       roles: "embedding", "hidden", "readout" or "vector" for each parameter, as a tree like
         `params` or a function of it, where comparing shapes does not tell. With roles given, the
-        two trees may be equal: that is the base model itself.
+        two trees may be equal: that is the base model itself, or one that is only deeper.
 
     Returns:
       A tree of ParamShape with the structure of `params`.
@@ -106,17 +107,9 @@ def infer_shapes(
         )
     if depth_ratio <= 0:
         raise ValueError(f"depth_ratio={depth_ratio}: give layers / base layers, above 0")
-    shapes_of = lambda tree: [tuple(leaf.shape) for leaf in jax.tree.leaves(tree)]
-    if roles is None and depth_ratio == 1.0 and shapes_of(base_params) == shapes_of(params):
-        raise ValueError(
-            "no dimension of params differs from base_params, which would train in standard "
-            "parametrization: pass the tuned base model's shapes; for the base model itself say "
-            "what each parameter is with roles="
-        )
-    if roles is None:
-        roles = jax.tree.map(lambda _: None, params)
-    elif callable(roles):
+    if callable(roles):
         roles = roles(params)
+    given_roles = jax.tree.map(lambda _: None, params) if roles is None else roles
     paths = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
     numbers = resolve_dimension_numbers(weight_dimension_numbers, params)
 
@@ -133,4 +126,11 @@ def infer_shapes(
         depth = depth_ratio if role == "hidden" else 1.0
         return ParamShape(role, here.d_in, here.d_out, there.d_in, there.d_out, depth)
 
-    return jax.tree.map(shape_of, paths, base_params, params, roles, numbers)
+    shapes = jax.tree.map(shape_of, paths, base_params, params, given_roles, numbers)
+    if roles is None and all(s.width_ratio == 1 for s in jax.tree.leaves(shapes)):
+        raise ValueError(
+            "no dimension of params differs from base_params, so nothing tells an embedding from a "
+            "hidden matrix: pass the tuned base model's shapes; for the base model itself, or a "
+            "model that is only deeper, say what each parameter is with roles="
+        )
+    return shapes

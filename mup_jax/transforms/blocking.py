@@ -121,12 +121,13 @@ def refresh(
     stagger: bool,
     first: Callable[..., Any] | None = None,
     first_steps: int = 1,
+    overdue: jax.Array | bool = False,
 ) -> Any:
     """Replaces `current` block by block, each block once in `frequency` steps.
 
     Staggered, a `frequency`-th of the blocks is refreshed each step, so that no step costs more
     than another; otherwise all of them where `step % frequency == 0`. During the first
-    `first_steps` steps every block is refreshed at every step.
+    `first_steps` steps, and where `overdue`, every block is refreshed.
 
     Args:
       step: int32 scalar, counted from 0.
@@ -135,8 +136,9 @@ def refresh(
       current: tree of `(*stack, rows, columns, ...)` arrays: the value to replace.
       *operands: trees of arrays with the same leading axes, read by `fresh`.
       stagger: whether to spread the refreshes over the steps.
-      first: as `fresh`, for the first steps; `fresh` when None.
+      first: as `fresh`, for the first steps and where `overdue`; `fresh` when None.
       first_steps: for how many steps `first` runs.
+      overdue: bool scalar, whether a block cannot wait for its turn.
 
     Returns:
       The new value of `current`.
@@ -171,7 +173,8 @@ def refresh(
     else:
         turn = step % frequency
         on_turn = turn * n_due < n_blocks if stagger else turn == 0
-        branch = jnp.where(step < first_steps, 2, jnp.where(on_turn, 1, 0))
+        at_once = overdue | (step < first_steps)
+        branch = jnp.where(at_once, 2, jnp.where(on_turn, 1, 0))
         keep = lambda arguments: arguments[0]
         new = jax.lax.switch(branch, [keep, refresh_due, refresh_all], arguments)
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, current)

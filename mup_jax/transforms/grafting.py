@@ -22,6 +22,19 @@ class GraftState(NamedTuple):
     direction: Any
 
 
+def _squared_norm(numbers: Any, x: jax.Array) -> jax.Array:
+    """Σ x² of each matrix, in float32, with its axes kept."""
+    axes = None
+    if x.ndim > 1:
+        layout = matrix_layout(x.shape, numbers)
+        axes = layout.in_axes + layout.out_axes
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True)
+
+
+def _zero_unless_finite(numbers: Any, gradient: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(_squared_norm(numbers, gradient)), gradient, 0)
+
+
 def graft(
     magnitude: optax.GradientTransformation,
     direction: optax.GradientTransformation,
@@ -35,7 +48,8 @@ def graft(
       u = Q_2(G) \frac{\|Q_1(G)\|_F}{\|Q_2(G)\|_F + \epsilon}
 
     written Q1#Q2, with norms over whole matrices also where a transformation works on blocks. Both
-    see the same gradients. A zero direction gives zero.
+    see the same gradients, but for a matrix whose gradient is not finite, which is zero to Q1: most
+    transformations would keep it in their state for ever. A zero direction gives zero.
 
     Args:
       magnitude: Q1.
@@ -62,25 +76,21 @@ def graft(
     def update(
         updates: optax.Updates, state: GraftState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, GraftState]:
-        sizes, magnitude_state = magnitude.update(updates, state.magnitude, params, **extra_args)
+        numbers = resolve_dimension_numbers(weight_dimension_numbers, updates)
+        finite = map_static(_zero_unless_finite, numbers, updates, is_leaf=is_dimension_numbers)
+        sizes, magnitude_state = magnitude.update(finite, state.magnitude, params, **extra_args)
         directions, direction_state = direction.update(
             updates, state.direction, params, **extra_args
         )
 
         def rescale(numbers: Any, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            size, along = (x.astype(jnp.float32) for x in pair)
-            axes = None
-            if size.ndim > 1:
-                layout = matrix_layout(size.shape, numbers)
-                axes = layout.in_axes + layout.out_axes
-            norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
-            length = norm(along)
-            ratio = jnp.where(length > 0, norm(size) / (length + eps), 0.0)
-            return (along * ratio).astype(pair[1].dtype)
+            size, length = (jnp.sqrt(_squared_norm(numbers, x)) for x in pair)
+            ratio = jnp.where(length > 0, size / (length + eps), 0.0)
+            return (pair[1].astype(jnp.float32) * ratio).astype(pair[1].dtype)
 
         grafted = map_static(
             rescale,
-            resolve_dimension_numbers(weight_dimension_numbers, updates),
+            numbers,
             jax.tree.map(lambda size, along: (size, along), sizes, directions),
             is_leaf=is_dimension_numbers,
         )

@@ -15,7 +15,7 @@ Orthogonalizer = Literal["polar_express", "newton_schulz", "svd"]
 # compare eigenvalues or to rotate a second moment.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-# Below this a float32 statistic is rounding noise: keeps roots of a zero matrix finite.
+# Below this a float32 statistic is rounding noise.
 FLOOR = 1e-30
 
 # K. Jordan et al. 2024, "Muon": the same quintic at every step.
@@ -104,13 +104,14 @@ def inverse_root(
       relative_eps: see `eps`.
 
     Returns:
-      `(..., d, d)` in float32.
+      `(..., d, d)` in float32. A zero matrix, whose root says nothing, gives zero.
     """
     eigenvalues, vectors = jnp.linalg.eigh(statistics)
     ridge = eps * eigenvalues[..., -1:] if relative_eps else eps
     # Rounding leaves eigenvalues of a semidefinite matrix slightly below zero.
     roots = (jnp.maximum(eigenvalues, 0.0) + jnp.maximum(ridge, FLOOR)) ** -exponent
-    return matmul(vectors * roots[..., None, :], vectors.mT)
+    alive = jnp.trace(statistics, axis1=-2, axis2=-1) > FLOOR
+    return matmul(vectors * jnp.where(alive[..., None], roots, 0.0)[..., None, :], vectors.mT)
 
 
 def eigenbasis(statistics: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ def scale_by_muon(
     orthogonalizer: Orthogonalizer = "polar_express",
     steps: int = 5,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Orthogonalizes the momentum of each matrix (Muon).
 
     .. math::
@@ -75,4 +75,4 @@ def scale_by_muon(
             skipped = skipped + jnp.sum(~healthy, dtype=jnp.int32)
         return groups.unstack(directions), ScaleByMuonState(mu, skipped)
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))

@@ -13,6 +13,7 @@ from mup_jax.transforms.statistics import (
     Factors,
     ema,
     init_factors,
+    is_alive,
     is_healthy,
     multiply_sides,
     update_factors,
@@ -42,7 +43,7 @@ def scale_by_shampoo(
     stagger: bool = True,
     sides: Sides = "both",
     weight_dimension_numbers: WeightDimensionNumbers = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions the momentum of each block on both sides (Shampoo).
 
     .. math::
@@ -65,7 +66,8 @@ def scale_by_shampoo(
       max_preconditioner_dim: a longer side of a matrix has no preconditioner and is not cut.
       precondition_frequency: steps between two refreshes of a block's roots.
       stagger: whether to spread the refreshes of the blocks over the steps; otherwise all at once
-        where `step % precondition_frequency == 0`. The first step refreshes all either way.
+        where `step % precondition_frequency == 0`. All are refreshed at the first step, and when a
+        block gets its first gradient that is not zero.
       sides: "both", or "in" or "out" to precondition one side only.
       weight_dimension_numbers: as in `scale_by_muon`.
 
@@ -90,7 +92,7 @@ def scale_by_shampoo(
             count=jnp.zeros((), jnp.int32),
             mu=jax.tree.map(jnp.zeros_like, groups),
             statistics=init_factors(groups, blocking, diagonal=0.0),
-            roots=init_factors(groups, blocking, diagonal=1.0),
+            roots=init_factors(groups, blocking, diagonal=0.0),
             nonfinite=jnp.zeros((), jnp.int32),
         )
 
@@ -123,7 +125,16 @@ def scale_by_shampoo(
                 )
             ]
             roots[key] = [
-                refresh(state.count, precondition_frequency, fresh_roots, old, new, stagger=stagger)
+                refresh(
+                    state.count,
+                    precondition_frequency,
+                    fresh_roots,
+                    old,
+                    new,
+                    stagger=stagger,
+                    # The first gradient that is neither zero nor bad may come late.
+                    overdue=jnp.any(is_alive(new) & ~is_alive(old)),
+                )
                 for old, new in zip(state.roots[key], statistics[key], strict=True)
             ]
             pieces = [
@@ -135,4 +146,4 @@ def scale_by_shampoo(
             count, mu, statistics, roots, skipped
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))

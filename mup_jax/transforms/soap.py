@@ -16,6 +16,7 @@ from mup_jax.transforms.statistics import (
     Pair,
     ema,
     init_factors,
+    is_alive,
     is_healthy,
     multiply_sides,
     update_factors,
@@ -46,7 +47,7 @@ def _carry(nu: jax.Array, old: Pair, new: Pair) -> jax.Array:
 def _rotate(basis: Pair, block: jax.Array, first: jax.Array) -> jax.Array:
     """Qᵀ X Q for a gradient or momentum X.
 
-    At the first step both bases come from the one gradient, and make it diagonal. What rounding
+    At a block's first gradient both bases come from the one gradient, and make it diagonal. What rounding
     leaves beside the diagonal would be divided by its own size and come out as ±1.
     """
     rotated = multiply_sides(basis, block)
@@ -67,7 +68,7 @@ def scale_by_soap(
     stagger: bool = True,
     sides: Sides = "both",
     weight_dimension_numbers: WeightDimensionNumbers = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Runs Adam in the eigenbasis of Shampoo's statistics (SOAP).
 
     .. math::
@@ -89,7 +90,8 @@ def scale_by_soap(
       precondition_frequency: steps between two refreshes of a block's basis, each one step of
         orthogonal iteration (a QR factorization).
       exact_steps: during the first steps, at least one, all bases are eigendecompositions, at every
-        step. (The first paper's code takes 50.)
+        step (the first paper's code takes 50); also when a block gets its first gradient that is
+        not zero.
       stagger: as in `scale_by_shampoo`.
       sides: "both", or "in" or "out" to rotate one side only.
       weight_dimension_numbers: as in `scale_by_muon`.
@@ -153,6 +155,8 @@ def scale_by_soap(
             ]
             bases[key], nu[key], pieces = [], [], []
             for i, momentum in enumerate(blocking.split(mu[key])):
+                # The first gradient that is neither zero nor bad may come late.
+                is_first = jnp.all(state.nu[key][i] == 0, axis=(-2, -1))
                 basis, carried = refresh(
                     state.count,
                     precondition_frequency,
@@ -162,8 +166,9 @@ def scale_by_soap(
                     stagger=stagger,
                     first=move(lambda statistics, _: eigenbasis(statistics)),
                     first_steps=exact_steps,
+                    overdue=jnp.any(is_alive(statistics[key][i]) & is_first),
                 )
-                rotate = partial(_rotate, basis, first=state.count == 0)
+                rotate = partial(_rotate, basis, first=is_first[..., None, None])
                 v = ema(carried, jnp.square(rotate(gradients[i])), b2, block_is_healthy)
                 adam = rotate(momentum) / jnp.maximum(jnp.sqrt(v) + eps, FLOOR)
                 back = jax.tree.map(lambda q: q.mT, basis)
@@ -175,4 +180,4 @@ def scale_by_soap(
             count, mu, nu, statistics, bases, skipped
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))

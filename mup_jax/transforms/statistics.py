@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mup_jax.transforms.blocking import Blocking
-from mup_jax.transforms.linalg import matmul
+from mup_jax.transforms.linalg import FLOOR, matmul
 
 # A `(..., b_in, b_in)` and a `(..., b_out, b_out)` matrix for `(..., b_in, b_out)` blocks; None for
 # a side without preconditioner.
@@ -53,6 +53,11 @@ def update_factors(pair: Pair, block: jax.Array, decay: float, healthy: jax.Arra
     if on_out is not None:
         on_out = ema(on_out, matmul(block.mT, block), decay, healthy)
     return on_in, on_out
+
+
+def is_alive(pair: Pair) -> jax.Array:
+    """Whether blocks `(...)` have statistics that are more than rounding noise."""
+    return jnp.trace(jax.tree.leaves(pair)[0], axis1=-2, axis2=-1) > FLOOR
 
 
 def multiply_sides(pair: Pair, block: jax.Array) -> jax.Array:

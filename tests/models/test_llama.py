@@ -72,6 +72,17 @@ def loss(apply, params, tokens):
     return -jnp.mean(jnp.sum(targets * log_probabilities, axis=-1))
 
 
+def loss_gradients_and_logits(params, tokens):
+    apply = abstract()[0]
+    value, gradient = jax.value_and_grad(functools.partial(loss, apply))(params, tokens)
+    return value, gradient, apply(params, tokens)
+
+
+@functools.cache
+def on_one_device():
+    return jax.jit(loss_gradients_and_logits)(perturbed(), random_tokens(batch=8))
+
+
 def test_parameter_tree():
     for params in (abstract()[1], initial()):
         assert jax.tree.map(jnp.shape, params) == MATRICES
@@ -165,9 +176,8 @@ def test_causality():
 
 
 def test_every_parameter_learns():
-    apply = abstract()[0]
-    gradient = jax.jit(jax.grad(lambda params: loss(apply, params, random_tokens())))
-    for leaf in jax.tree.leaves(gradient(perturbed())):
+    _, gradient, _ = on_one_device()
+    for leaf in jax.tree.leaves(gradient):
         assert jnp.isfinite(leaf).all()
         assert (jnp.abs(leaf).max(axis=(-2, -1)) > 0).all()
 
@@ -231,17 +241,6 @@ def test_compiled_initialisation_equals_eager():
         initial(),
         abstract()[2](),
     )
-
-
-def loss_gradients_and_logits(params, tokens):
-    apply = abstract()[0]
-    value, gradient = jax.value_and_grad(functools.partial(loss, apply))(params, tokens)
-    return value, gradient, apply(params, tokens)
-
-
-@functools.cache
-def on_one_device():
-    return jax.jit(loss_gradients_and_logits)(perturbed(), random_tokens(batch=8))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])

@@ -1,0 +1,7 @@
+"""Mesh, train step, loop, checkpoints and metrics."""
+
+from mup_jax.training.checkpoint import CheckpointError
+from mup_jax.training.config import default_config, identity, validate
+from mup_jax.training.loop import train
+
+__all__ = ["CheckpointError", "default_config", "identity", "train", "validate"]

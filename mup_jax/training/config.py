@@ -1,0 +1,153 @@
+"""The configuration of one training run: defaults, validation and identity."""
+
+import copy
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mup_jax.models.llama import LlamaConfig
+from mup_jax.optimizers import OPTIMIZERS
+
+# The arguments of an optimizer that the trainer sets itself.
+_SET_BY_TRAINER = {
+    "learning_rate",
+    "weight_decay",
+    "schedule",
+    "shapes",
+    "weight_dimension_numbers",
+}
+
+
+def default_config() -> ConfigDict:
+    """A run of a few seconds; every key that a run has.
+
+    `base` is the model in which learning rate and weight decay were tuned. `tokens` and
+    `warmup_tokens` count training tokens; steps follow from `batch_size` (rows) and `context`.
+    `optimizer.options` are passed on to `mup_jax.<optimizer.name>`. `eval_batches` bounds the
+    validation batches; validation also runs every `eval_every` steps where that is not 0.
+    """
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {"source": "stdlib", "tokenizer": "char"},
+            "model": {"width": 32, "depth": 2, "head_dim": 8, "mlp_ratio": 4},
+            "base": {"width": 32, "depth": 2},
+            "context": 128,
+            "batch_size": 4,
+            "tokens": 200 * 512,
+            "warmup_tokens": 20 * 512,
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": 2e-2,
+                "weight_decay": 0.0,
+                "options": ConfigDict(),
+            },
+            "clip_norm": 1.0,
+            "eval_batches": 32,
+            "eval_every": 0,
+            "checkpoint_every": 100,
+        }
+    )
+
+
+def steps_of(config: ConfigDict) -> int:
+    """Number of optimizer steps; an incomplete last batch is not trained on."""
+    return config.tokens // (config.batch_size * config.context)
+
+
+def model_config(config: ConfigDict, vocab_size: int, *, base: bool = False) -> LlamaConfig:
+    """The Llama to train, or the base model of its scaling rules."""
+    size = config.base if base else config.model
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        width=size.width,
+        depth=size.depth,
+        head_dim=config.model.head_dim,
+        mlp_ratio=config.model.mlp_ratio,
+        base_depth=config.base.depth,
+    )
+
+
+def check_known(keys: Iterable[str], known: Iterable[str], path: str) -> None:
+    """Raises ValueError, with a suggestion, where a key is not a known one."""
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"unknown key {path}.{key}: {hint}")
+
+
+def check_keys(config: Any, reference: Any, path: str = "config") -> None:
+    """Raises ValueError where `config` has a key that `reference` lacks, or lacks one."""
+    check_known(config, reference, path)
+    for key, value in reference.items():
+        if key not in config:
+            raise ValueError(f"missing key {path}.{key}: the default is {value!r}")
+        if isinstance(value, ConfigDict) and key != "options":
+            check_keys(config[key], value, f"{path}.{key}")
+
+
+def check_optimizer(name: str, options: Any) -> None:
+    """Raises ValueError for an optimizer or an option that does not exist."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    known = [k for k in inspect.signature(OPTIMIZERS[name]).parameters if k not in _SET_BY_TRAINER]
+    check_known(options, known, f"options of {name}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be checked before anything is loaded or compiled.
+
+    Raises:
+      ValueError: naming the key, its value and the remedy.
+    """
+    check_keys(config, default_config())
+    check_optimizer(config.optimizer.name, config.optimizer.options)
+    for base in (False, True):
+        model_config(config, vocab_size=1, base=base)
+    for key in ("context", "batch_size", "clip_norm", "eval_batches", "checkpoint_every"):
+        if config[key] <= 0:
+            raise ValueError(f"config.{key}={config[key]}: give a positive value")
+    tokens_per_step = config.batch_size * config.context
+    if steps_of(config) < 1:
+        raise ValueError(
+            f"config.tokens={config.tokens} is less than one batch of {tokens_per_step} tokens"
+        )
+    if not 0 <= config.warmup_tokens < config.tokens:
+        raise ValueError(
+            f"config.warmup_tokens={config.warmup_tokens}: choose less than tokens={config.tokens}"
+        )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as JSON with sorted keys: equal configurations give equal text."""
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def identity(config: ConfigDict) -> str:
+    """A name for the run with this configuration: 12 hexadecimal digits."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+
+
+def program_identity(config: ConfigDict) -> str:
+    """Equal for runs that can share compiled programs: learning rate, weight decay and seed are
+    arguments of those.
+    """
+    shared = copy.deepcopy(config)
+    shared.seed = 0
+    shared.optimizer.learning_rate = shared.optimizer.weight_decay = 0.0
+    return to_json(shared)
+
+
+def differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """The keys in which two configurations (dicts) differ, with both values."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{path} was {old!r} and is now {new!r}"]
+    keys = sorted({*old, *new})
+    return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}")]

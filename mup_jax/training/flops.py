@@ -1,0 +1,53 @@
+"""Floating-point operations of any JAX function, counted from its program.
+
+Counted are matrix products (two per multiply-add) and factorizations; elementwise work is not. The
+count depends on shapes alone, never on the machine.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# Multiples of d³ for a d x d matrix, of m·n² for m x n with n <= m (Golub and Van Loan, Matrix
+# Computations, 4th ed., sections 4.2, 5.2, 8.3 and 8.6).
+_FACTORIZATIONS = {"eigh": 11.0, "svd": 22.0, "geqrf": 4 / 3, "qr": 8 / 3, "cholesky": 1 / 3}
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> float:
+    """Operations of one call of `function` on arguments of these shapes (abstract ones will do).
+
+    Of the branches of a conditional the cheapest nonempty one counts: an optimizer's refresh of a
+    part of its blocks, rather than the first step's refresh of all. A `while` loop counts once.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> float:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+    if name in _FACTORIZATIONS:
+        *batch, m, n = equation.invars[0].aval.shape
+        return _FACTORIZATIONS[name] * math.prod(batch) * max(m, n) * min(m, n) ** 2
+    if name == "householder_product":
+        *batch, m, n = equation.invars[0].aval.shape
+        return 4 / 3 * math.prod(batch) * m * n**2
+    if name == "cond":
+        branches = [_count(branch.jaxpr) for branch in params["branches"]]
+        return min((flops for flops in branches if flops), default=0.0)
+    inner = [
+        _count(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+        for parameter in params.values()
+        for value in (parameter if isinstance(parameter, (tuple, list)) else [parameter])
+        if isinstance(value, (ClosedJaxpr, Jaxpr))
+    ]
+    return sum(inner) * (params["length"] if name == "scan" else 1)

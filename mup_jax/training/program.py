@@ -1,0 +1,198 @@
+"""Model, optimizer and loss as the compiled programs of a training run.
+
+Learning rate, weight decay and seed are arguments of the programs, so that a sweep over them
+compiles once.
+"""
+
+import functools
+import json
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers
+
+from mup_jax.models.llama import Llama, LlamaConfig, roles
+from mup_jax.optimizers import OPTIMIZERS
+from mup_jax.training.config import model_config, program_identity, steps_of
+from mup_jax.training.flops import count_flops
+from mup_jax.transfer import infer_shapes
+
+# Blocks are stacked: (layers, d_in, d_out).
+_WEIGHT_DIMENSION_NUMBERS = MuonDimensionNumbers(-2, -1)
+
+
+class TrainState(NamedTuple):
+    """All that training changes; a checkpoint holds this and the position in the data."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+class Hyperparameters(NamedTuple):
+    """The tuned numbers of a run: float32 scalars, those of the base model."""
+
+    learning_rate: Any
+    weight_decay: Any
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Hyperparameters":
+        values = config.optimizer.learning_rate, config.optimizer.weight_decay
+        return cls(*(jnp.float32(value) for value in values))
+
+
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+    """s(t): linear from 0 to 1 over the warm-up tokens, then linear to 0 at the last step."""
+    steps = steps_of(config)
+    warmup = min(round(config.warmup_tokens / (config.batch_size * config.context)), steps - 1)
+    rise = optax.linear_schedule(0.0, 1.0, warmup)
+    fall = optax.linear_schedule(1.0, 0.0, steps - warmup)
+    return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Mean over all B·T positions, in nats per token."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
+
+
+class Program:
+    """The functions of a run, jitted for the mesh in use (`jax.set_mesh`).
+
+    Attributes:
+      model: the Llama's configuration.
+      steps: optimizer steps of the whole run.
+      shapes: tree of ParamShape of the parameters.
+    """
+
+    def __init__(self, config: ConfigDict, vocab_size: int):
+        self.config = config
+        self.model = model_config(config, vocab_size)
+        self.steps = steps_of(config)
+        base = model_config(config, vocab_size, base=True)
+        self._graphdef, params = _abstract_model(self.model)
+        self.shapes = infer_shapes(
+            _abstract_model(base)[1],
+            params,
+            weight_dimension_numbers=_WEIGHT_DIMENSION_NUMBERS,
+            depth_ratio=self.model.depth / base.depth,
+            roles=roles,
+        )
+        self.init = jax.jit(self._init, out_shardings=self.replicated)
+        self.loss_and_gradient = jax.jit(jax.value_and_grad(self._loss))
+        self.evaluate = jax.jit(self._evaluate)
+        self.features = jax.jit(lambda params, inputs: self._merge(params).features(inputs))
+        self.compile_seconds = 0.0
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """`(state, batch, hyperparameters) -> (state, metrics)`; donates the state."""
+        start = time.perf_counter()
+        arguments = self.abstract_state, self.abstract_batch, _abstract_hyperparameters()
+        step = jax.jit(self._step, donate_argnums=0).lower(*arguments).compile()
+        self.compile_seconds = time.perf_counter() - start
+        return step
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        state = jax.eval_shape(self._init, 0)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), state
+        )
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data"))
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (self.config.batch_size, self.config.context)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+        return {"inputs": tokens, "targets": tokens}
+
+    @functools.cached_property
+    def optimizer_flops(self) -> float:
+        """Matrix operations of the optimizer per step."""
+        state = self.abstract_state
+        update = lambda grads, opt_state, params: self._optimizer(Hyperparameters(1.0, 0.0)).update(
+            grads, opt_state, params
+        )
+        return count_flops(update, state.params, state.opt_state, state.params)
+
+    def _merge(self, params: Any) -> Llama:
+        return nnx.merge(self._graphdef, params)
+
+    def _optimizer(self, hyperparameters: Hyperparameters) -> optax.GradientTransformation:
+        config = self.config.optimizer
+        make = OPTIMIZERS[config.name]
+        options = dict(config.options)
+        if config.name != "adamw":
+            options["weight_dimension_numbers"] = _WEIGHT_DIMENSION_NUMBERS
+        optimizer = make(
+            hyperparameters.learning_rate,
+            weight_decay=hyperparameters.weight_decay,
+            schedule=make_schedule(self.config),
+            shapes=self.shapes,
+            **options,
+        )
+        return optax.chain(optax.clip_by_global_norm(self.config.clip_norm), optimizer)
+
+    def _init(self, seed: jax.Array) -> TrainState:
+        model = Llama(self.model, rngs=nnx.Rngs(jax.random.key(seed)))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        opt_state = self._optimizer(Hyperparameters(1.0, 0.0)).init(params)
+        return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+
+    def _loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return cross_entropy(self._merge(params)(batch["inputs"]), batch["targets"])
+
+    def _step(
+        self, state: TrainState, batch: dict[str, jax.Array], hyperparameters: Hyperparameters
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, gradient = jax.value_and_grad(self._loss)(state.params, batch)
+        updates, opt_state = self._optimizer(hyperparameters).update(
+            gradient, state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradient),
+            "update_norm": optax.global_norm(updates),
+            "parameter_norm": optax.global_norm(params),
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    def _evaluate(self, params: Any, batches: dict[str, jax.Array]) -> jax.Array:
+        """Mean loss over stacked batches `(N, B, T)`."""
+        losses = jax.lax.map(lambda batch: self._loss(params, batch), batches)
+        return losses.mean()
+
+
+def make_program(config: ConfigDict, vocab_size: int) -> Program:
+    """The program of a configuration; one for all learning rates, weight decays and seeds."""
+    return _cached_program(program_identity(config), vocab_size, jax.sharding.get_mesh())
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_program(identity: str, vocab_size: int, mesh: Any) -> Program:
+    return Program(ConfigDict(json.loads(identity)), vocab_size)
+
+
+def _abstract_model(config: LlamaConfig) -> tuple[Any, Any]:
+    """Graph definition and abstract parameters, as a pure dict."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _abstract_hyperparameters() -> Hyperparameters:
+    return Hyperparameters(*(jax.ShapeDtypeStruct((), jnp.float32) for _ in range(2)))

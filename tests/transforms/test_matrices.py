@@ -1,0 +1,106 @@
+"""Arrays of any rank as stacks of matrices, and leaves as groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+from mup_jax.transforms.matrices import MatrixGroups, matrix_layout
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers", "matrix_shape"),
+    [
+        ((3, 5), None, (3, 5)),
+        ((3, 5), MuonDimensionNumbers(1, 0), (5, 3)),
+        ((2, 3, 5), MuonDimensionNumbers(-2, -1), (2, 3, 5)),
+        ((2, 3, 5), MuonDimensionNumbers(2, 0), (3, 5, 2)),
+        ((2, 3, 5), MuonDimensionNumbers(0, (1, 2)), (2, 15)),
+        ((2, 3, 5), MuonDimensionNumbers((1, -3), 2), (6, 5)),
+        ((2, 3, 5, 7), MuonDimensionNumbers((0, 1, 2), 3), (30, 7)),
+        ((2, 3, 5, 7), MuonDimensionNumbers(1, 3), (2, 5, 3, 7)),
+    ],
+)
+def test_matrices_and_back(shape, numbers, matrix_shape):
+    x = normal(*shape)
+    layout = matrix_layout(shape, numbers)
+    matrices = layout.to_matrices(x)
+    assert matrices.shape == layout.matrix_shape == matrix_shape
+    np.testing.assert_array_equal(layout.from_matrices(matrices), x)
+
+
+def test_entries_go_where_the_axes_say():
+    x = normal(2, 3, 5, 7)
+    matrices = matrix_layout(x.shape, MuonDimensionNumbers((2, 0), 3)).to_matrices(x)
+    # One stack axis is left, and fan-in counts through the first axis named slowest.
+    np.testing.assert_array_equal(matrices[1, 4 * 2 + 1], x[1, 1, 4])
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers", "message"),
+    [
+        ((), None, "optax.partition"),
+        ((4,), None, "optax.partition"),
+        ((0, 4), None, "optax.partition"),
+        ((2, 3, 4), None, "weight_dimension_numbers"),
+        ((4,), MuonDimensionNumbers(0, 1), "optax.partition"),
+        ((3, 4), MuonDimensionNumbers(0, 2), "out of range"),
+        ((3, 4), MuonDimensionNumbers(-3, 1), "out of range"),
+        ((3, 4), MuonDimensionNumbers((), 1), "out of range"),
+        ((3, 4), MuonDimensionNumbers(0, -2), "twice"),
+        ((2, 3, 4), MuonDimensionNumbers((0, 1), (1, 2)), "twice"),
+    ],
+)
+def test_what_is_not_a_matrix_is_refused_by_name(shape, numbers, message):
+    with pytest.raises(ValueError, match=message) as error:
+        matrix_layout(shape, numbers, "['head']")
+    assert "['head']" in str(error.value)
+
+
+def mixed_tree():
+    return {
+        "plain": normal(3, 5),
+        "transposed": normal(5, 3),
+        "layers": normal(2, 3, 5),
+        "half": normal(3, 5).astype(jnp.bfloat16),
+        "masked": optax.MaskedNode(),
+    }
+
+
+MIXED_NUMBERS = {
+    "plain": None,
+    "transposed": MuonDimensionNumbers(1, 0),
+    "layers": MuonDimensionNumbers(-2, -1),
+    "half": None,
+    "masked": None,
+}
+
+
+def test_leaves_of_one_matrix_shape_share_an_array():
+    tree = mixed_tree()
+    groups = MatrixGroups(tree, MIXED_NUMBERS).stack(tree)
+    assert {key: x.shape for key, x in groups.items()} == {"3x5": (3, 3, 5), "2x3x5": (1, 2, 3, 5)}
+    assert all(x.dtype == jnp.float32 for x in groups.values())
+
+
+def test_unstacking_restores_the_tree_and_its_dtypes():
+    tree = mixed_tree()
+    groups = MatrixGroups(tree, lambda params: MIXED_NUMBERS)
+    restored = groups.unstack(groups.stack(tree))
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
+def test_the_message_names_the_leaf_of_the_tree():
+    with pytest.raises(ValueError, match=r"\['block'\]\['gain'\] of shape \(7,\)"):
+        MatrixGroups({"block": {"gain": normal(7), "w": normal(3, 5)}}, None)
