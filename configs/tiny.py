@@ -1,6 +1,6 @@
 """One small Llama with Muon on the standard library's source, a character at a time.
 
-    python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
+python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
 """
 
 from ml_collections import ConfigDict

@@ -57,7 +57,7 @@ def run(
 
 def _one_line(error: BaseException) -> str:
     text = error.args[0] if isinstance(error, KeyError) else str(error)
-    return re.sub(r"\s+", " ", text).strip(" '\"")
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _fail(message: str) -> NoReturn:

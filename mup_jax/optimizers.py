@@ -9,6 +9,7 @@ scaled, and every leaf of two or more axes counts as a hidden matrix.
 [Q] is Qiu et al., arXiv 2512.05620.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -241,7 +242,11 @@ def soap(
     return _optimizer(_route_hidden(routes, shapes), learning_rate, schedule, weight_decay, shapes)
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon, "shampoo": shampoo, "soap": soap}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    "adamw": adamw, "muon": muon,
+    "shampoo": shampoo,
+    "soap": soap,
+}
 
 
 def _scaled(

@@ -2,6 +2,6 @@
 
 from mup_jax.training.checkpoint import CheckpointError
 from mup_jax.training.config import default_config, identity, validate
-from mup_jax.training.loop import train
+from mup_jax.training.loop import claim_workdir, train
 
-__all__ = ["CheckpointError", "default_config", "identity", "train", "validate"]
+__all__ = ["CheckpointError", "claim_workdir", "default_config", "identity", "train", "validate"]

@@ -119,62 +119,67 @@ def refresh(
     current: Any,
     *operands: Any,
     stagger: bool,
+    overdue: jax.Array,
     first: Callable[..., Any] | None = None,
     first_steps: int = 1,
-    overdue: jax.Array | bool = False,
 ) -> Any:
-    """Replaces `current` block by block, each block once in `frequency` steps.
+    """Replaces the matrices of `current`, each once in `frequency` steps.
 
-    Staggered, a `frequency`-th of the blocks is refreshed each step, so that no step costs more
+    Staggered, a `frequency`-th of every stack is refreshed at each step, so that no step costs more
     than another; otherwise all of them where `step % frequency == 0`. During the first
-    `first_steps` steps, and where `overdue`, every block is refreshed.
+    `first_steps` steps, and where `overdue`, everything is refreshed.
 
     Args:
       step: int32 scalar, counted from 0.
-      frequency: steps between two refreshes of a block.
-      fresh: `(current, *operands) -> current` on stacks of blocks `(N, ...)`.
-      current: tree of `(*stack, rows, columns, ...)` arrays: the value to replace.
-      *operands: trees of arrays with the same leading axes, read by `fresh`.
+      frequency: steps between two refreshes of a matrix.
+      fresh: `(current, *operands) -> current`, on leaves of shape `(n, rows, columns)`.
+      current: tree of `(..., rows, columns)` arrays: what to replace.
+      *operands: trees of such arrays, read by `fresh`; leaves that belong to the same blocks have
+        the same leading axes.
       stagger: whether to spread the refreshes over the steps.
-      first: as `fresh`, for the first steps and where `overdue`; `fresh` when None.
+      overdue: bool scalar: something would be used before its first refresh.
+      first: as `fresh`, for the first steps and where overdue; `fresh` when None.
       first_steps: for how many steps `first` runs.
-      overdue: bool scalar, whether a block cannot wait for its turn.
 
     Returns:
       The new value of `current`.
     """
     if frequency < 1:
         raise ValueError(f"precondition_frequency={frequency}: give a positive number of steps")
-    lead = jax.tree.leaves(current)[0].shape[:-2]
-    flatten = lambda x: x.reshape(-1, *x.shape[len(lead) :])
-    arguments = jax.tree.map(flatten, (current, *operands))
-    n_blocks = jax.tree.leaves(arguments)[0].shape[0]
-    n_due = -(-n_blocks // frequency) if stagger else n_blocks
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (current, *operands))
+    turn = step % frequency
 
-    def refresh_due(arguments: Any) -> Any:
-        begin = (step % frequency) * n_due if stagger else 0 * step
-        start = jnp.minimum(begin, n_blocks - n_due)
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, n_due)
-        old = jax.tree.map(take, arguments)
-        # The last slice of a round may reach back over blocks that had their turn.
-        due = start + jnp.arange(n_due) >= begin
+    def window(n: int) -> tuple[int, jax.Array, jax.Array]:
+        """Length and start of the slice of a stack whose turn it is, and who in it is due."""
+        length = -(-n // frequency)
+        start = jnp.minimum(turn * length, n - length)
+        # The last slices of a round may reach back over matrices that had their turn.
+        due = start + jnp.arange(length) >= turn * length
+        return length, start, due[:, None, None]
 
-        def put(x: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
-            kept = jnp.where(due.reshape(-1, *[1] * (x.ndim - 1)), after, before)
-            return jax.lax.dynamic_update_slice_in_dim(x, kept, start, 0)
+    def refresh_due(flat: Any) -> Any:
+        def take(x: jax.Array) -> jax.Array:
+            length, start, _ = window(len(x))
+            return jax.lax.dynamic_slice_in_dim(x, start, length)
 
-        return jax.tree.map(put, arguments[0], old[0], fresh(*old))
+        def put(x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+            _, start, due = window(len(x))
+            return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(due, new, old), start, 0)
 
-    def refresh_all(arguments: Any) -> Any:
-        return (first or fresh)(*arguments)
+        old = jax.tree.map(take, flat)
+        return jax.tree.map(put, flat[0], old[0], fresh(*old))
 
-    if frequency == 1 and first is None:
-        new = refresh_all(arguments)
+    refresh_all = lambda flat: fresh(*flat)
+    refresh_first = lambda flat: (first or fresh)(*flat)
+    if frequency == 1:
+        usual = refresh_all
+    elif stagger:
+        usual = refresh_due
     else:
-        turn = step % frequency
-        on_turn = turn * n_due < n_blocks if stagger else turn == 0
-        at_once = overdue | (step < first_steps)
-        branch = jnp.where(at_once, 2, jnp.where(on_turn, 1, 0))
-        keep = lambda arguments: arguments[0]
-        new = jax.lax.switch(branch, [keep, refresh_due, refresh_all], arguments)
+        keep = lambda flat: flat[0]
+        usual = lambda flat: jax.lax.cond(turn == 0, refresh_all, keep, flat)
+    if first is None and frequency == 1:
+        new = usual(flat)
+    else:
+        new = jax.lax.cond((step < first_steps) | overdue, refresh_first, usual, flat)
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, current)

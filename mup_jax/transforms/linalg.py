@@ -4,7 +4,9 @@ All functions act on the last two axes and broadcast over the ones before.
 """
 
 import functools
-from typing import Literal
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,25 @@ _POLAR_EXPRESS = (
 _POLAR_EXPRESS_SAFETY = 1.01
 
 
+def batch_by_shape(function: Callable[..., jax.Array], *trees: Any) -> Any:
+    """`jax.tree.map(function, *trees)` in one call for all leaves whose matrices have one shape.
+
+    The leaves are stacks of matrices `(n, ...)`, of which `function` maps each on its own. One call
+    for many stacks keeps programs small and factorizations in one batch.
+    """
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    members: dict[Any, list[int]] = {}
+    for i, stacks in enumerate(zip(*leaves, strict=True)):
+        members.setdefault(tuple(x.shape[1:] for x in stacks), []).append(i)
+    results: list[Any] = [None] * len(leaves[0])
+    for indices in members.values():
+        merged = function(*(jnp.concatenate([stacks[i] for i in indices]) for stacks in leaves))
+        ends = list(itertools.accumulate(len(leaves[0][i]) for i in indices))
+        for i, part in zip(indices, jnp.split(merged, ends[:-1]), strict=True):
+            results[i] = part
+    return jax.tree.unflatten(jax.tree.structure(trees[0]), results)
+
+
 def quintic_coefficients(method: Orthogonalizer, steps: int) -> list[tuple[float, float, float]]:
     """The polynomials a x + b x³ + c x⁵, one per step, of an iterative orthogonalizer."""
     if method == "newton_schulz":
@@ -61,7 +82,7 @@ def orthogonalize(
       eps: added to the Frobenius norm by which the approximate methods divide x.
 
     Returns:
-      `(..., m, n)` in float32. A zero matrix gives zero.
+      `(..., m, n)` in float32. What x maps to zero stays zero.
 
     Raises:
       ValueError: an unknown method, or steps < 1.
@@ -75,7 +96,9 @@ def orthogonalize(
     x = x.astype(jnp.float32)
     if method == "svd":
         u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-        nonzero = (s > eps * s[..., :1]) & (s > FLOOR)
+        # Below this a singular vector is rounding noise, which would come out as large as the rest.
+        rounding = 10 * jnp.finfo(jnp.float32).eps
+        nonzero = (s > rounding * s[..., :1]) & (s > FLOOR)
         return matmul(u * nonzero[..., None, :], vt)
     # The Gram matrix is iterated on the shorter side.
     tall = x.shape[-2] > x.shape[-1]

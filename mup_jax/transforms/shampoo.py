@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mup_jax.transforms.blocking import Blocking, Sides, refresh
-from mup_jax.transforms.linalg import inverse_root
+from mup_jax.transforms.linalg import batch_by_shape, inverse_root
 from mup_jax.transforms.matrices import MatrixGroups, WeightDimensionNumbers
 from mup_jax.transforms.statistics import (
     Factors,
@@ -104,44 +104,45 @@ def scale_by_shampoo(
         count = state.count + 1
         correction = 1 - b2**count
 
-        def fresh_roots(roots: Any, statistics: Any) -> Any:
-            root = lambda s: inverse_root(
-                s / correction, exponent, eps=eps, relative_eps=relative_eps
-            )
-            return jax.tree.map(root, statistics)
-
-        mu, directions, statistics, roots = {}, {}, {}, {}
+        mu, momenta, statistics = {}, {}, {}
         skipped = state.nonfinite
+        overdue = jnp.zeros((), bool)
         for key, gradient in groups.stack(updates).items():
             healthy = is_healthy(gradient)
             skipped = skipped + jnp.sum(~healthy, dtype=jnp.int32)
             mu[key] = ema(state.mu[key], gradient, b1, healthy)
-            momentum = mu[key] / (1 - b1**count)
-            block_is_healthy = healthy[..., None, None]
+            momenta[key] = mu[key] / (1 - b1**count)
             statistics[key] = [
-                update_factors(factors, block, b2, block_is_healthy)
-                for factors, block in zip(
-                    state.statistics[key], blocking.split(gradient), strict=True
-                )
+                update_factors(pair, block, b2, healthy[..., None, None])
+                for pair, block in zip(state.statistics[key], blocking.split(gradient), strict=True)
             ]
-            roots[key] = [
-                refresh(
-                    state.count,
-                    precondition_frequency,
-                    fresh_roots,
-                    old,
-                    new,
-                    stagger=stagger,
-                    # The first gradient that is neither zero nor bad may come late.
-                    overdue=jnp.any(is_alive(new) & ~is_alive(old)),
-                )
-                for old, new in zip(state.roots[key], statistics[key], strict=True)
-            ]
+            # The first gradient that is neither zero nor bad may come late.
+            for root, statistic in zip(state.roots[key], statistics[key], strict=True):
+                overdue |= jnp.any(is_alive(statistic) & ~is_alive(root))
+
+        def fresh_roots(roots: Factors, statistics: Factors) -> Factors:
+            del roots
+            root = lambda s: inverse_root(
+                s / correction, exponent, eps=eps, relative_eps=relative_eps
+            )
+            return batch_by_shape(root, statistics)
+
+        roots = refresh(
+            state.count,
+            precondition_frequency,
+            fresh_roots,
+            state.roots,
+            statistics,
+            stagger=stagger,
+            overdue=overdue,
+        )
+        directions = {}
+        for key, momentum in momenta.items():
             pieces = [
                 multiply_sides(pair, block)
                 for pair, block in zip(roots[key], blocking.split(momentum), strict=True)
             ]
-            directions[key] = blocking.merge(pieces, *gradient.shape[-2:])
+            directions[key] = blocking.merge(pieces, *momentum.shape[-2:])
         return groups.unstack(directions), ScaleByShampooState(
             count, mu, statistics, roots, skipped
         )

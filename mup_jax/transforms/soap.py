@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mup_jax.transforms.blocking import Blocking, Sides, refresh
-from mup_jax.transforms.linalg import FLOOR, eigenbasis, matmul, refine_eigenbasis
+from mup_jax.transforms.linalg import FLOOR, batch_by_shape, eigenbasis, matmul, refine_eigenbasis
 from mup_jax.transforms.matrices import MatrixGroups, WeightDimensionNumbers
 from mup_jax.transforms.statistics import (
     Factors,
@@ -34,20 +34,31 @@ class ScaleBySoapState(NamedTuple):
     nonfinite: jax.Array  # int32: matrices of gradients skipped so far
 
 
-def _carry(nu: jax.Array, old: Pair, new: Pair) -> jax.Array:
-    """The second moment in a new basis: V <- (S_in∘S_in)ᵀ V (S_out∘S_out), with S = Q_oldᵀ Q_new.
+def _move(find_basis: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """A refresh of bases that takes the second moments V along.
 
-    Exact for a gradient whose rotated entries are uncorrelated. A permutation of the basis carries
-    V along with its directions, so eigenvalues may swap order.
+    V <- (S_in∘S_in)ᵀ V (S_out∘S_out) with S = Q_oldᵀ Q_new: exact for a gradient whose rotated
+    entries are uncorrelated. A permutation of the basis carries V along with its directions, so
+    eigenvalues may swap order.
     """
-    squared_rotation = jax.tree.map(lambda q, q_new: jnp.square(matmul(q.mT, q_new)), old, new)
-    return multiply_sides(squared_rotation, nu)
+
+    def fresh(bases_and_nu: tuple[Factors, Any], statistics: Factors) -> tuple[Factors, Any]:
+        old, nu = bases_and_nu
+        new = batch_by_shape(find_basis, statistics, old)
+        squared_rotation = jax.tree.map(lambda q, q_new: jnp.square(matmul(q.mT, q_new)), old, new)
+        moved = {
+            key: [multiply_sides(pair, v) for pair, v in zip(pairs, nu[key], strict=True)]
+            for key, pairs in squared_rotation.items()
+        }
+        return new, moved
+
+    return fresh
 
 
 def _rotate(basis: Pair, block: jax.Array, first: jax.Array) -> jax.Array:
     """Qᵀ X Q for a gradient or momentum X.
 
-    At a block's first gradient both bases come from the one gradient, and make it diagonal. What rounding
+    At a block's first gradient both bases come from it alone, and make it diagonal. What rounding
     leaves beside the diagonal would be divided by its own size and come out as ±1.
     """
     rotated = multiply_sides(basis, block)
@@ -123,58 +134,59 @@ def scale_by_soap(
             nonfinite=jnp.zeros((), jnp.int32),
         )
 
-    def move(find_basis: Callable) -> Callable:
-        def fresh(basis_and_nu: Any, statistics: Pair) -> Any:
-            basis, nu = basis_and_nu
-            new = jax.tree.map(find_basis, statistics, basis)
-            return new, _carry(nu, basis, new)
-
-        return fresh
-
     def update(
         updates: optax.Updates, state: ScaleBySoapState, params: Any = None
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params
         groups = MatrixGroups(updates, weight_dimension_numbers)
+        gradients = groups.stack(updates)
         count = state.count + 1
-        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
 
-        mu, directions, statistics = {}, {}, {}
-        nu: dict[str, list[jax.Array]] = {}
-        bases: Factors = {}
+        mu, healthy, statistics = {}, {}, {}
+        # Blocks without a second moment; the first gradient that counts may come late.
+        is_new = {key: [jnp.all(v == 0, axis=(-2, -1)) for v in vs] for key, vs in state.nu.items()}
         skipped = state.nonfinite
-        for key, gradient in groups.stack(updates).items():
-            healthy = is_healthy(gradient)
-            skipped = skipped + jnp.sum(~healthy, dtype=jnp.int32)
-            mu[key] = ema(state.mu[key], gradient, b1, healthy)
-            block_is_healthy = healthy[..., None, None]
-            gradients = blocking.split(gradient)
+        overdue = jnp.zeros((), bool)
+        for key, gradient in gradients.items():
+            healthy[key] = is_healthy(gradient)
+            skipped = skipped + jnp.sum(~healthy[key], dtype=jnp.int32)
+            mu[key] = ema(state.mu[key], gradient, b1, healthy[key])
             statistics[key] = [
-                update_factors(factors, block, b2, block_is_healthy)
-                for factors, block in zip(state.statistics[key], gradients, strict=True)
+                update_factors(pair, block, b2, healthy[key][..., None, None])
+                for pair, block in zip(state.statistics[key], blocking.split(gradient), strict=True)
             ]
-            bases[key], nu[key], pieces = [], [], []
-            for i, momentum in enumerate(blocking.split(mu[key])):
-                # The first gradient that is neither zero nor bad may come late.
-                is_first = jnp.all(state.nu[key][i] == 0, axis=(-2, -1))
-                basis, carried = refresh(
-                    state.count,
-                    precondition_frequency,
-                    move(refine_eigenbasis),
-                    (state.bases[key][i], state.nu[key][i]),
-                    statistics[key][i],
-                    stagger=stagger,
-                    first=move(lambda statistics, _: eigenbasis(statistics)),
-                    first_steps=exact_steps,
-                    overdue=jnp.any(is_alive(statistics[key][i]) & is_first),
-                )
-                rotate = partial(_rotate, basis, first=is_first[..., None, None])
-                v = ema(carried, jnp.square(rotate(gradients[i])), b2, block_is_healthy)
+            for pair, new in zip(statistics[key], is_new[key], strict=True):
+                overdue |= jnp.any(is_alive(pair) & new)
+        bases, carried = refresh(
+            state.count,
+            precondition_frequency,
+            _move(refine_eigenbasis),
+            (state.bases, state.nu),
+            statistics,
+            stagger=stagger,
+            overdue=overdue,
+            first=_move(lambda statistics, _: eigenbasis(statistics)),
+            first_steps=exact_steps,
+        )
+        nu: dict[str, list[jax.Array]] = {}
+        directions = {}
+        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        for key, gradient in gradients.items():
+            nu[key], pieces = [], []
+            for basis, old_nu, new, block, momentum in zip(
+                bases[key],
+                carried[key],
+                is_new[key],
+                blocking.split(gradient),
+                blocking.split(mu[key]),
+                strict=True,
+            ):
+                rotate = partial(_rotate, basis, first=new[..., None, None])
+                v = ema(old_nu, jnp.square(rotate(block)), b2, healthy[key][..., None, None])
                 adam = rotate(momentum) / jnp.maximum(jnp.sqrt(v) + eps, FLOOR)
                 back = jax.tree.map(lambda q: q.mT, basis)
-                pieces.append(multiply_sides(back, adam) * correction)
-                bases[key].append(basis)
                 nu[key].append(v)
+                pieces.append(multiply_sides(back, adam) * correction)
             directions[key] = blocking.merge(pieces, *gradient.shape[-2:])
         return groups.unstack(directions), ScaleBySoapState(
             count, mu, nu, statistics, bases, skipped

@@ -32,7 +32,7 @@ FAR = 10_000
     ],
 )
 def test_split_cuts_equal_blocks_and_merge_undoes_it(shape, blocking, pieces):
-    x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    x = np.arange(np.prod(shape)).reshape(shape)
     split = blocking.split(x)
     assert [piece.shape for piece in split] == pieces
     np.testing.assert_array_equal(blocking.merge(split, *shape[-2:]), x)
@@ -41,7 +41,9 @@ def test_split_cuts_equal_blocks_and_merge_undoes_it(shape, blocking, pieces):
     np.testing.assert_array_equal(first, x[..., : first.shape[-2], : first.shape[-1]])
     # One block of the count stands for a full block: fractions count the smaller ones by size.
     on_sides = blocking.of(d_in, d_out)
-    full = [blocking.block_length(d) if on else d for d, on in zip(shape[-2:], on_sides)]  # noqa: B905
+    full = [
+        blocking.block_length(d) if on else d for d, on in zip((d_in, d_out), on_sides, strict=True)
+    ]
     assert blocking.count(d_in, d_out) == pytest.approx(d_in * d_out / np.prod(full))
 
 
@@ -73,9 +75,7 @@ def refresh_counts(grid, frequency, stagger, steps=14, **options):
 
     @jax.jit
     def body(counts, step):
-        counts = refresh(
-            step, frequency, exact, counts, stagger=stagger, first=first, **options
-        )
+        counts = refresh(step, frequency, exact, counts, stagger=stagger, first=first, **options)
         return counts, counts.reshape(-1)
 
     # Blocks of two by three, to see that what is refreshed is whole.

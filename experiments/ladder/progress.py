@@ -1,0 +1,95 @@
+"""Progress of a ladder in the terminal: cells, steps, losses, time left."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+from experiments.ladder.plan import Cell, Ladder
+from experiments.ladder.schedule import Results, remaining_flops
+
+_STATUS_SECONDS = 1.0
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Progress:
+    """A context in which reports from the workers are shown.
+
+    A line per finished cell, and in a terminal a line of what is running, rewritten in place.
+
+    Args:
+      ladder: what is run.
+      reports: a queue of (cell, step, steps, training loss, result or None while it runs).
+      finished: reads the results so far.
+    """
+
+    def __init__(self, ladder: Ladder, reports: Any, finished: Callable[[], Results]):
+        self._ladder = ladder
+        self._reports = reports
+        self._finished = finished
+        self._flops = {rung.name: rung.flops for rung in ladder.rungs}
+        self._running: dict[str, tuple[Cell, int, int, float | None]] = {}
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
+        self._left_at_start = remaining_flops(self._ladder, self._finished())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._reports.put(None)
+        self._thread.join()
+
+    def _show(self) -> None:
+        shown = 0.0
+        while (report := self._reports.get()) is not None:
+            cell, step, steps, loss, result = report
+            if result is None:
+                self._running[cell.name] = (cell, step, steps, loss)
+            else:
+                self._running.pop(cell.name, None)
+                self._print_finished(cell, result)
+            if sys.stdout.isatty() and time.perf_counter() - shown > _STATUS_SECONDS:
+                shown = time.perf_counter()
+                print(f"\r\033[K{self._status()}", end="", flush=True)
+
+    def _print_finished(self, cell: Cell, result: dict[str, Any]) -> None:
+        loss = result["validation_loss"]
+        outcome = "diverged" if loss is None else f"validation loss {loss:.4f}"
+        clear = "\r\033[K" if sys.stdout.isatty() else ""
+        print(
+            f"{clear}[{self._times()}] {_describe(cell)}: {outcome} "
+            f"({result['steps']:,} steps, {result['seconds']['total']:.0f} s)",
+            flush=True,
+        )
+
+    def _status(self) -> str:
+        running = (
+            f"{_describe(cell)} step {step}/{steps} loss {loss:.3f}"
+            for cell, step, steps, loss in self._running.values()
+            if loss is not None
+        )
+        return f"[{self._times()}] " + " | ".join(running)
+
+    def _times(self) -> str:
+        """Rungs whose cells have all finished, time so far, and an estimate of the time left."""
+        results = self._finished()
+        left = remaining_flops(self._ladder, results)
+        left -= sum(
+            self._flops[cell.rung] * step / steps for cell, step, steps, _ in self._running.values()
+        )
+        elapsed = time.perf_counter() - self._start
+        done = self._left_at_start - left
+        estimate = f"~{_minutes(elapsed * left / done)}" if done > 0 else "?"
+        return f"{len(results)} cells, {_minutes(elapsed)} elapsed, {estimate} left"
+
+
+def _describe(cell: Cell) -> str:
+    config = cell.config
+    rate = config.optimizer.learning_rate
+    return f"{cell.rung} {config.optimizer.name} lr {rate:g} seed {config.seed}"

@@ -1,0 +1,96 @@
+"""Runs the cells of a ladder on worker processes of this machine."""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.ladder.plan import Cell, Ladder
+from experiments.ladder.progress import Progress
+from experiments.ladder.schedule import Results, Task, missing_tasks
+from mup_jax.training import train
+
+# In a worker process: where it reports to.
+_reports: Any = None
+
+
+def finished_cells(workdir: Path) -> Results:
+    """The results of all finished cells of a ladder's folder, by cell name."""
+    paths = sorted((workdir / "cells").glob("*/result.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def run_ladder(ladder: Ladder, workdir: Path) -> None:
+    """Runs all cells that have not finished, each task on the next free worker.
+
+    Raises:
+      ValueError: as `mup_jax.training.train`, or where an optimizer cannot be tuned.
+    """
+    if not missing_tasks(ladder, finished_cells(workdir)):
+        return
+    context = multiprocessing.get_context("spawn")
+    cores, reports = context.Queue(), context.Queue()
+    for i in range(ladder.config.workers):
+        cores.put(i)
+    initial = (ladder.config.platform, str(workdir), cores, reports, os.getpid())
+    with (
+        Progress(ladder, reports, lambda: finished_cells(workdir)),
+        ProcessPoolExecutor(ladder.config.workers, context, _start_worker, initial) as pool,
+    ):
+        active: dict[Future[None], Task] = {}
+        try:
+            while True:
+                running = {(task.rung, task.optimizer) for task in active.values()}
+                for task in missing_tasks(ladder, finished_cells(workdir)):
+                    free = len(active) < ladder.config.workers
+                    if free and (task.rung, task.optimizer) not in running:
+                        active[pool.submit(_run_task, task, workdir)] = task
+                if not active:
+                    return
+                done, _ = wait(active, return_when=FIRST_COMPLETED)
+                for future in done:
+                    del active[future]
+                    future.result()
+        except BaseException:
+            # Cells in progress go on from their checkpoints the next time.
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+
+
+def _start_worker(platform: str, workdir: str, cores: Any, reports: Any, parent: int) -> None:
+    global _reports
+    _reports = reports
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # Another worker, or the next start, need not compile the same program again.
+    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+    if platform:
+        jax.config.update("jax_platforms", platform)
+    if platform == "cpu" and hasattr(os, "sched_setaffinity"):
+        # One core each: two small cells side by side beat one cell on two threads.
+        available = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {available[cores.get() % len(available)]})
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, so that no two train the same cell."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _run_task(task: Task, workdir: Path) -> None:
+    for cell in task.cells:
+        _run_cell(cell, workdir)
+
+
+def _run_cell(cell: Cell, workdir: Path) -> None:
+    report = lambda step, steps, loss: _reports.put((cell, step, steps, loss, None))
+    result = train(cell.config, workdir / "cells" / cell.name, report)
+    _reports.put((cell, result["steps"], result["steps"], None, result))

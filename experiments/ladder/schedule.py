@@ -1,0 +1,82 @@
+"""What a ladder has to run next, given what has finished: no processes, no files."""
+
+import math
+import statistics
+from typing import Any, NamedTuple
+
+from experiments.ladder.plan import GRID_STEP, Cell, Ladder
+
+# Cell name -> its result.
+Results = dict[str, dict[str, Any]]
+
+
+class Task(NamedTuple):
+    """Cells of one optimizer at one rung, to be run by one process so that it compiles once."""
+
+    rung: str
+    optimizer: str
+    cells: list[Cell]
+    flops: float
+
+
+def mean_loss(cells: list[Cell], results: Results) -> float:
+    """Mean validation loss of finished cells; infinite where one diverged."""
+    losses = [results[cell.name]["validation_loss"] for cell in cells]
+    return math.inf if None in losses else statistics.fmean(losses)
+
+
+def tune(ladder: Ladder, optimizer: str, results: Results) -> tuple[list[Cell], float | None]:
+    """All tuning cells known to be needed and, once they have finished, the best learning rate.
+
+    While the best stands at an edge, the grid grows by one learning rate on that side.
+
+    Raises:
+      ValueError: every learning rate diverged.
+    """
+    rates = list(ladder.config.optimizers[optimizer].learning_rates)
+    for extensions_left in range(ladder.config.max_extensions, -1, -1):
+        cells = ladder.tuning_cells(optimizer, rates)
+        if any(cell.name not in results for cell in cells):
+            return cells, None
+        loss = {rate: mean_loss(ladder.tuning_cells(optimizer, [rate]), results) for rate in rates}
+        best = min(rates, key=loss.__getitem__)
+        if loss[best] == math.inf:
+            raise ValueError(
+                f"{optimizer} diverged at every learning rate of {rates}: choose a lower grid"
+            )
+        if not extensions_left or rates[0] < best < rates[-1]:
+            break
+        if best == rates[0]:
+            rates.insert(0, best / GRID_STEP)
+        else:
+            rates.append(best * GRID_STEP)
+    return cells, best
+
+
+def missing_tasks(ladder: Ladder, results: Results) -> list[Task]:
+    """The tasks that can run now: tuning first, then the longest."""
+    tuning, transfer = [], []
+    for optimizer in ladder.optimizers:
+        cells, best = tune(ladder, optimizer, results)
+        if best is None:
+            tuning.append((ladder.rungs[0], optimizer, cells))
+            continue
+        for rung in ladder.rungs[1:]:
+            transfer.append((rung, optimizer, ladder.transfer_cells(rung, optimizer, best)))
+    tasks = []
+    for rung, optimizer, cells in tuning + transfer:
+        missing = [cell for cell in cells if cell.name not in results]
+        if missing:
+            tasks.append(Task(rung.name, optimizer, missing, rung.flops * len(missing)))
+    is_tuning = lambda task: task.rung == ladder.rungs[0].name
+    return sorted(tasks, key=lambda task: (not is_tuning(task), -task.flops))
+
+
+def remaining_flops(ladder: Ladder, results: Results) -> float:
+    """Model FLOPs still to train, counting what an untuned optimizer will need at larger rungs."""
+    flops = sum(task.flops for task in missing_tasks(ladder, results))
+    for optimizer in ladder.optimizers:
+        if tune(ladder, optimizer, results)[1] is None:
+            for rung in ladder.rungs[1:]:
+                flops += rung.flops * len(ladder.transfer_cells(rung, optimizer, 1.0))
+    return flops

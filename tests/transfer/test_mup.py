@@ -1,0 +1,215 @@
+"""The wrapper: a scaled gradient stands for a scaled ε, and weight decay beside it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mup_jax
+from mup_jax import add_independent_weight_decay, infer_shapes, mup, rules
+
+WIDTH, BASE, VOCABULARY, DEPTH = 12, 4, 10, 3.0
+
+
+@functools.cache
+def rng():
+    return np.random.default_rng(0)
+
+
+def params_of(width):
+    return {
+        "embed": jnp.ones((VOCABULARY, width)),
+        "hidden": jnp.ones((width, width)),
+        "head": jnp.ones((width, VOCABULARY)),
+    }
+
+
+PARAMS = params_of(WIDTH)
+SHAPES = infer_shapes(params_of(BASE), PARAMS, depth_ratio=DEPTH)
+
+
+def gradients(steps=3):
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        yield {key: jnp.float32(0.1 * rng.normal(size=p.shape)) for key, p in PARAMS.items()}
+
+
+def run(transformation, params=PARAMS):
+    state = transformation.init(params)
+    update = jax.jit(transformation.update)
+    updates = []
+    for gradient in gradients():
+        u, state = update({key: gradient[key] for key in params}, state, params)
+        updates.append(u)
+    return updates
+
+
+# An ε of about the size of what it is added to, so that its rule matters.
+EPSILON_CASES = {
+    "adam": (lambda eps: optax.scale_by_adam(0.9, 0.98, eps=eps), rules.adam(), 0.1),
+    "muon": (lambda eps: mup_jax.scale_by_muon(eps=eps), rules.muon(), 0.5),
+    "soap": (
+        lambda eps: mup_jax.scale_by_soap(eps=eps, block_size=None),
+        rules.soap(block_size=None),
+        0.1,
+    ),
+    "shampoo": (
+        lambda eps: mup_jax.scale_by_shampoo(eps=eps, relative_eps=False, block_size=None),
+        rules.shampoo(relative_eps=False, block_size=None),
+        0.1,
+    ),
+    "one-sided shampoo": (
+        lambda eps: mup_jax.scale_by_shampoo(eps=eps, relative_eps=False, sides="in"),
+        rules.shampoo(relative_eps=False, sides="in"),
+        0.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EPSILON_CASES)
+def test_scaling_the_gradient_is_scaling_epsilon(name):
+    make, rule, eps = EPSILON_CASES[name]
+    scaled = run(mup(make(eps), rule, SHAPES))
+    for key, shape in SHAPES.items():
+        param = {key: PARAMS[key]}
+        alone = run(make(eps * rule.epsilon(shape)), param)
+        unchanged = run(make(eps), param)
+        for got, want, other in zip(scaled, alone, unchanged, strict=True):
+            want = rule.learning_rate(shape) * want[key]
+            error = lambda x, want=want: np.linalg.norm(x - want) / np.linalg.norm(want)
+            assert error(got[key]) < 1e-3
+            if rule.epsilon(shape) != 1:
+                assert error(rule.learning_rate(shape) * other[key]) > 1e-2
+
+
+def test_relative_epsilon_needs_no_scaling():
+    inner = mup_jax.scale_by_shampoo(block_size=None)
+    rule = rules.shampoo(block_size=None)
+    for got, plain in zip(run(mup(inner, rule, SHAPES)), run(inner), strict=True):
+        for key, shape in SHAPES.items():
+            np.testing.assert_allclose(got[key], rule.learning_rate(shape) * plain[key], rtol=1e-5)
+
+
+def test_at_the_base_mup_is_the_transformation_itself():
+    roles = {key: shape.role for key, shape in SHAPES.items()}
+    shapes = infer_shapes(PARAMS, PARAMS, roles=roles)
+    inner = optax.scale_by_adam()
+    jax.tree.map(np.testing.assert_array_equal, run(mup(inner, rules.adam(), shapes)), run(inner))
+
+
+def test_masked_and_partitioned_trees():
+    muon, adam = mup_jax.scale_by_muon(), optax.scale_by_adam()
+    whole = {
+        "muon": run(mup(muon, rules.muon(), SHAPES)),
+        "adam": run(mup(adam, rules.adam(), SHAPES)),
+    }
+    labels = {"embed": "adam", "hidden": "muon", "head": "adam"}
+    # Around the parts, and around a part within a mask: the shapes are those of the whole tree.
+    routed = optax.partition(
+        {"muon": mup(muon, rules.muon(), SHAPES), "adam": mup(adam, rules.adam(), SHAPES)}, labels
+    )
+    for step, got in enumerate(run(routed)):
+        for key, label in labels.items():
+            np.testing.assert_allclose(got[key], whole[label][step][key], rtol=1e-4, atol=1e-6)
+    inside = mup(
+        optax.masked(muon, {"embed": False, "hidden": True, "head": False}), rules.muon(), SHAPES
+    )
+    for step, got in enumerate(run(inside)):
+        np.testing.assert_allclose(
+            got["hidden"], whole["muon"][step]["hidden"], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_the_wrapped_transformation_sees_parameters_and_extra_arguments():
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra, params=params)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+    transformation = mup(inner, rules.adam(), SHAPES)
+    transformation.update(PARAMS, transformation.init(PARAMS), PARAMS, value=7.0)
+    assert seen == {"value": 7.0, "params": PARAMS}
+
+
+def test_shapes_of_another_tree_are_refused():
+    transformation = mup(optax.scale_by_adam(), rules.adam(), SHAPES)
+    other = {"embed": PARAMS["embed"], "hidden": PARAMS["hidden"]}
+    with pytest.raises(ValueError, match="infer_shapes"):
+        transformation.update(other, transformation.init(other))
+
+
+def test_updates_keep_their_dtype():
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    transformation = mup(mup_jax.scale_by_muon(), rules.muon(), SHAPES)
+    out = jax.eval_shape(lambda p: transformation.update(p, transformation.init(p))[0], half)
+    assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
+
+
+# Independent weight decay
+
+VECTOR_BASE, VECTOR = (
+    {**params_of(BASE), "gain": jnp.ones(BASE)},
+    {**PARAMS, "gain": jnp.ones(WIDTH)},
+)
+VECTOR_SHAPES = infer_shapes(VECTOR_BASE, VECTOR)
+
+
+def decay_of(transformation, params=VECTOR):
+    """What is added to updates of 5 for parameters of 1."""
+    fives = jax.tree.map(lambda p: 5 * p, params)
+    updates, _ = transformation.update(fives, transformation.init(params), params)
+    return {key: float(np.unique(u - 5).item()) for key, u in updates.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "matrices", "gain"),
+    [
+        ({}, 0.6, 0.0),
+        ({"shapes": VECTOR_SHAPES}, 0.2, 0.0),
+        ({"shapes": VECTOR_SHAPES, "scaling": "constant"}, 0.6, 0.0),
+        ({"mask": lambda p: jax.tree.map(lambda x: True, p)}, 0.6, 0.6),
+        ({"shapes": VECTOR_SHAPES, "mask": lambda p: jax.tree.map(lambda x: True, p)}, 0.2, 0.2),
+    ],
+)
+def test_what_weight_decay_adds(options, matrices, gain):
+    got = decay_of(add_independent_weight_decay(0.6, **options))
+    want = {key: matrices for key in PARAMS} | {"gain": gain}
+    assert got == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [None, VECTOR_SHAPES])
+def test_a_mask_says_what_decays(shapes):
+    mask = {"embed": False, "hidden": True, "head": False, "gain": False}
+    got = decay_of(add_independent_weight_decay(0.6, shapes, scaling="constant", mask=mask))
+    assert got == pytest.approx({key: 0.6 * decays for key, decays in mask.items()}, abs=1e-6)
+
+
+def test_stacked_vectors_are_vectors_by_their_role():
+    base, params = {"gains": jnp.ones((2, 4))}, {"gains": jnp.ones((2, 8))}
+    shapes = infer_shapes(base, params, roles={"gains": "vector"})
+    assert decay_of(add_independent_weight_decay(0.6, shapes), params) == {"gains": 0}
+
+
+def test_weight_decay_of_a_traced_value():
+    @jax.jit
+    def step(weight_decay):
+        transformation = add_independent_weight_decay(weight_decay, VECTOR_SHAPES)
+        return transformation.update(VECTOR, transformation.init(VECTOR), VECTOR)[0]
+
+    np.testing.assert_allclose(step(0.6)["hidden"], 1.2, rtol=1e-6)
+
+
+def test_weight_decay_needs_parameters_and_a_known_scaling():
+    transformation = add_independent_weight_decay(0.1)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        transformation.update(PARAMS, transformation.init(PARAMS))
+    with pytest.raises(ValueError, match="1/width"):
+        add_independent_weight_decay(0.1, scaling="coupled")
+    transformation = add_independent_weight_decay(0.1, SHAPES)
+    with pytest.raises(ValueError, match="infer_shapes"):
+        transformation.update(VECTOR, transformation.init(VECTOR), VECTOR)

@@ -1,0 +1,212 @@
+"""The rules against the table worked out by hand, and against measured updates."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mup_jax
+from mup_jax import ParamShape, infer_shapes, rules
+
+FAR = 10_000
+V, D, BLOCK = 96, 64, 16
+ROLES = ("embedding", "hidden", "readout")
+
+
+def shapes_of(k, n=1, width=D, vocabulary=V):
+    wide = round(width * k)
+    return {
+        "embedding": ParamShape("embedding", vocabulary, wide, vocabulary, width),
+        "hidden": ParamShape("hidden", wide, wide, width, width, n),
+        "readout": ParamShape("readout", wide, vocabulary, width, vocabulary),
+        "vector": ParamShape("vector", 1, wide, 1, width, n),
+    }
+
+
+adam_table = lambda k, n: (1, 1 / k, 1 / k)
+muon_table = lambda k, n: (math.sqrt(k), 1, 1 / math.sqrt(k))
+SHAMPOO_4, SHAMPOO_2 = {"exponent": 0.25}, {"exponent": 0.5}
+LEARNING_RATES = {
+    "adam": (rules.adam(), adam_table),
+    "grafted shampoo": (rules.grafted(rules.adam()), adam_table),
+    "muon": (rules.muon(), muon_table),
+    "shampoo ¼": (rules.shampoo(block_size=None, **SHAMPOO_4), muon_table),
+    "shampoo ¼, blocks": (rules.shampoo(block_size=BLOCK, **SHAMPOO_4), adam_table),
+    "shampoo ½": (rules.shampoo(block_size=None, **SHAMPOO_2), lambda k, n: (1, 1 / n, 1)),
+    "shampoo ½, blocks": (
+        rules.shampoo(block_size=BLOCK, **SHAMPOO_2),
+        lambda k, n: (1 / k, 1 / (k * k * n), 1 / k),
+    ),
+    "soap": (rules.soap(block_size=None), muon_table),
+    "soap, blocks": (rules.soap(block_size=BLOCK), adam_table),
+}
+# Of an absolute ε, from the same section: as functions of the role's (d_in, d_out) ratios and N.
+EPSILONS = {
+    "adam": lambda i, o, n: 1 / (n * o),
+    "grafted shampoo": lambda i, o, n: 1 / (n * o),
+    "muon": lambda i, o, n: math.sqrt(i / o) / n,
+    "soap": lambda i, o, n: math.sqrt(i * o) / (n * o),
+    "soap, blocks": lambda i, o, n: 1 / (n * o),
+}
+
+
+@pytest.mark.parametrize(("k", "n"), [(4, 2), (0.5, 1), (2.5, 3)])
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_learning_rates_are_those_of_the_table(name, k, n):
+    rule, table = LEARNING_RATES[name]
+    shapes = shapes_of(k, n)
+    got = [rule.learning_rate(shapes[role]) for role in ROLES]
+    assert got == pytest.approx(table(k, n))
+
+
+@pytest.mark.parametrize("name", EPSILONS)
+def test_epsilons(name):
+    rule, law = LEARNING_RATES[name][0], EPSILONS[name]
+    shapes = shapes_of(4, 2)
+    assert rule.epsilon(shapes["embedding"]) == pytest.approx(law(1, 4, 1))
+    assert rule.epsilon(shapes["hidden"]) == pytest.approx(law(4, 4, 2))
+    assert rule.epsilon(shapes["readout"]) == pytest.approx(law(4, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        # d_in / (L² d_out n_blk) for embedding, hidden and readout
+        ({"block_size": None}, (1 / 4, 1 / 4, 4)),
+        ({"block_size": BLOCK}, (1 / 16, 1 / 64, 1)),
+        ({"block_size": BLOCK, "relative_eps": True}, (1, 1, 1)),
+    ],
+)
+def test_epsilon_of_shampoo(options, want):
+    rule = rules.shampoo(**{"relative_eps": False} | options)
+    shapes = shapes_of(4, 2)
+    assert [rule.epsilon(shapes[role]) for role in ROLES] == pytest.approx(want)
+
+
+def test_one_sided_rules():
+    # A vocabulary beyond the limit: the one side left has E = e, and blocks along it only.
+    limits = {"max_preconditioner_dim": 1000}
+    shapes = shapes_of(4, 2, vocabulary=5000)
+    rule = rules.shampoo(block_size=BLOCK, **limits)
+    # (d_out/d_in)^½ · n_blk^-½
+    assert rule.learning_rate(shapes["embedding"]) == pytest.approx(math.sqrt(4) / math.sqrt(4))
+    assert rule.learning_rate(shapes["readout"]) == pytest.approx(math.sqrt(1 / 4) / math.sqrt(4))
+    whole = rules.shampoo(block_size=None, **limits)
+    assert whole.learning_rate(shapes["embedding"]) == pytest.approx(2)
+    assert whole.learning_rate(shapes["readout"]) == pytest.approx(1 / 2)
+    # (d_out/d_in)^(1-e) · L^(1-2e) with e = ¼
+    quarter = rules.shampoo(exponent=0.25, block_size=None, sides="in")
+    assert quarter.learning_rate(shapes_of(4, 2)["hidden"]) == pytest.approx(math.sqrt(2))
+    soap = rules.soap(block_size=None, **limits)
+    assert soap.learning_rate(shapes["embedding"]) == pytest.approx(2)
+    assert soap.learning_rate(shapes["readout"]) == pytest.approx(math.sqrt(4) / 4)
+    out = rules.soap(block_size=None, sides="out")
+    assert out.learning_rate(shapes_of(4)["embedding"]) == pytest.approx(2)
+    assert out.learning_rate(shapes_of(4)["readout"]) == pytest.approx(1 / 4)
+
+
+def test_blocks_count_as_fractions_where_they_do_not_divide():
+    # 100 to 150 of width in blocks of 64: not two blocks to three, but 1.5 times as many.
+    shape = ParamShape("hidden", 150, 150, 100, 100)
+    assert rules.shampoo(block_size=64).learning_rate(shape) == pytest.approx(1.5**-2)
+    # Up to the block size there are no blocks.
+    below = ParamShape("hidden", 64, 64, 32, 32)
+    assert rules.shampoo(block_size=64).learning_rate(below) == pytest.approx(1)
+    across = ParamShape("hidden", 128, 128, 32, 32)
+    assert rules.shampoo(block_size=64).learning_rate(across) == pytest.approx(1 / 4)
+    # SOAP's blocks grow along with the matrix until they are full.
+    assert rules.soap(block_size=64).learning_rate(below) == pytest.approx(1)
+    assert rules.soap(block_size=64).learning_rate(across) == pytest.approx(2 / 4)
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_at_the_base_everything_is_one(name):
+    rule = LEARNING_RATES[name][0]
+    for shape in shapes_of(1).values():
+        factors = (rule.learning_rate, rule.epsilon, rule.gradient_scale, rule.update_scale)
+        assert [factor(shape) for factor in factors] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_factors_from_rung_to_rung_multiply(name):
+    # What lies between base and target must not matter.
+    rule = LEARNING_RATES[name][0]
+    for role in ("embedding", "hidden", "readout"):
+        through = rule.learning_rate(shapes_of(2)[role]) * rule.learning_rate(
+            shapes_of(3, width=2 * D)[role]
+        )
+        assert rule.learning_rate(shapes_of(6)[role]) == pytest.approx(through)
+
+
+def test_vectors_of_the_adam_family_keep_their_learning_rate():
+    vector = shapes_of(4, 2)["vector"]
+    assert rules.adam().learning_rate(vector) == 1
+    assert rules.adam().epsilon(vector) == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "sides", "want"), [(0.5, "both", -1), (0.25, "both", 0), (0.5, "in", 0)]
+)
+def test_update_scale_takes_the_homogeneity_out(exponent, sides, want):
+    rule = rules.shampoo(exponent=exponent, sides=sides, block_size=None, relative_eps=False)
+    shape = shapes_of(4, 2)["readout"]
+    c = rule.gradient_scale(shape)
+    assert c == pytest.approx(rule.epsilon(shape) ** -0.5)
+    assert rule.update_scale(shape) == pytest.approx(rule.learning_rate(shape) * c**-want)
+
+
+# The condition behind all rules, measured: η·u changes a layer's output by as much at every width.
+
+WIDTHS = (64, 128, 256, 512)
+BATCH, STEPS = 8, 2
+shampoo = functools.partial(mup_jax.scale_by_shampoo, precondition_frequency=1)
+MEASURED = {
+    "adam": (lambda: optax.scale_by_adam(0.9, 0.98, eps=0.0), rules.adam()),
+    "muon": (lambda: mup_jax.scale_by_muon(eps=0.0), rules.muon()),
+    "shampoo ½": (lambda: shampoo(block_size=None), rules.shampoo(block_size=None)),
+    "shampoo ½, blocks": (lambda: shampoo(block_size=48), rules.shampoo(block_size=48)),
+    "shampoo ¼, blocks": (
+        lambda: shampoo(exponent=0.25, block_size=48),
+        rules.shampoo(exponent=0.25, block_size=48),
+    ),
+    "soap, blocks": (
+        lambda: mup_jax.scale_by_soap(block_size=32, eps=1e-20, precondition_frequency=1),
+        rules.soap(block_size=32),
+    ),
+}
+
+
+def gradients_of(rng, role, d_in, d_out):
+    """Mean of x δᵀ over a batch, entries of x Θ(1) and of δ Θ(1/d_out), and one x."""
+    if role == "embedding":
+        x = np.eye(d_in)[rng.integers(d_in, size=BATCH)]
+    else:
+        x = rng.normal(size=(BATCH, d_in))
+    for _ in range(STEPS):
+        yield np.float32(x.T @ rng.normal(size=(BATCH, d_out)) / d_out / BATCH), np.float32(x)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measured_updates_are_flat_in_width(name):
+    make, rule = MEASURED[name]
+    transformation = make()
+    changes = {role: [] for role in ROLES}
+    for width in WIDTHS:
+        shapes = {role: shapes_of(width / WIDTHS[0], width=WIDTHS[0])[role] for role in ROLES}
+        rng = np.random.default_rng(width)
+        steps = {r: list(gradients_of(rng, r, s.d_in, s.d_out)) for r, s in shapes.items()}
+        state = transformation.init({role: steps[role][0][0] for role in ROLES})
+        update = jax.jit(transformation.update)
+        for step in range(STEPS):
+            u, state = update({role: steps[role][step][0] for role in ROLES}, state)
+        for role in ROLES:
+            change = steps[role][-1][1] @ np.asarray(u[role]) * rule.learning_rate(shapes[role])
+            changes[role].append(np.sqrt(np.mean(np.square(change))))
+    slopes = {
+        role: np.polyfit(np.log(WIDTHS), np.log(values), 1)[0] for role, values in changes.items()
+    }
+    assert all(abs(slope) < 0.1 for slope in slopes.values()), slopes
