@@ -39,7 +39,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """
     path = workdir / "config.json"
     if path.exists():
-        changed = config_lib.differences(json.loads(path.read_text()), config.to_dict())
+        now = json.loads(config_lib.to_json(config))
+        changed = config_lib.differences(json.loads(path.read_text()), now)
         if changed:
             raise ValueError(
                 f"{workdir} belongs to another configuration ({'; '.join(changed[:3])}): choose "

@@ -1,5 +1,7 @@
 """What is read from two trees of parameters, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,8 +54,6 @@ def infer(base, target, **options):
 
 def test_a_whole_model():
     # The gains are stacked vectors: two axes, so only their role tells them from matrices.
-    roles = {key: jax.tree.map(lambda _: None, ROLES[key]) for key in ROLES}
-    roles["blocks"]["gain"] = "vector"
     base, target = model(16), model(64, layers=6)
     got = infer(base, target, depth_ratio=3.0, roles=lambda _: ROLES)
     assert got == {
@@ -119,11 +119,15 @@ def test_the_base_model_itself_needs_roles():
 
 @pytest.mark.parametrize("layers", [2, 8])
 def test_depth_alone_does_not_tell_roles(layers):
+    numbers = {"embed": None, "up": MuonDimensionNumbers(-2, -1)}
+    tree = lambda n: {"embed": jnp.zeros((10, 4)), "up": jnp.zeros((n, 4, 8))}
+    infer = functools.partial(
+        infer_shapes, tree(2), tree(layers), depth_ratio=4.0, weight_dimension_numbers=numbers
+    )
     with pytest.raises(ValueError, match="roles="):
-        infer(model(16), model(16, layers), depth_ratio=4.0)
-    shapes = infer(model(16), model(16, layers), depth_ratio=4.0, roles=ROLES)
-    assert shapes["embed"].depth_ratio == shapes["head"].depth_ratio == 1
-    assert shapes["blocks"]["up"].depth_ratio == 4
+        infer()
+    shapes = infer(roles={"embed": "embedding", "up": "hidden"})
+    assert [shapes[key].depth_ratio for key in ("embed", "up")] == [1, 4]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def refresh_counts(grid, frequency, stagger, steps=14, **options):
     """How often each block of a `grid` was refreshed by the end of each step: `(steps, blocks)`."""
     exact = lambda counts: counts + 1
     first = (lambda counts: counts + 1000) if options.pop("exact", False) else None
+    options = {"overdue": False} | options
 
     @jax.jit
     def body(counts, step):

@@ -1,0 +1,217 @@
+"""The ladder: planning and scheduling without training, and one tiny ladder for real."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import ladder_cpu
+from experiments.ladder.plan import Ladder, default_ladder, describe
+from experiments.ladder.report import write_report
+from experiments.ladder.run import finished_cells
+from experiments.ladder.schedule import missing_tasks, remaining_flops, tune
+
+
+def small_ladder(**changes):
+    config = default_ladder()
+    config.widths = (8, 16)
+    config.depth = 1
+    config.tokens_per_parameter = 4.0
+    config.train.model.head_dim = 8
+    config.train.context = 16
+    config.train.batch_size = 8
+    config.train.warmup_tokens = 3 * 128
+    config.train.eval_batches = 4
+    config.optimizers = {
+        "adamw": {"learning_rates": (4e-3, 8e-3), "weight_decay": 0.0, "options": {}},
+        "muon": {"learning_rates": (1e-2, 2e-2), "weight_decay": 0.0, "options": {}},
+    }
+    config.max_extensions = 1
+    for key, value in changes.items():
+        config[key] = value
+    return config
+
+
+def results_of(cells, loss):
+    return {cell.name: {"validation_loss": loss(cell.config)} for cell in cells}
+
+
+def log_parabola(optimum):
+    return lambda config: 2 + math.log2(config.optimizer.learning_rate / optimum) ** 2
+
+
+def test_same_tokens_per_parameter_at_every_rung():
+    ladder = Ladder(ladder_cpu.get_config())
+    assert len(ladder.rungs) >= 3
+    for rung in ladder.rungs:
+        ratio = rung.tokens / rung.parameters
+        assert ratio == pytest.approx(ladder.config.tokens_per_parameter, rel=1e-3)
+    for smaller, larger in zip(ladder.rungs, ladder.rungs[1:], strict=False):
+        assert larger.parameters >= 2 * smaller.parameters
+    assert f"{ladder.rungs[-1].parameters:,}" in describe(ladder)
+
+
+def test_cells_differ_only_where_a_ladder_varies():
+    ladder = Ladder(small_ladder())
+    cells = ladder.tuning_cells("adamw", (4e-3, 8e-3))
+    assert len({cell.name for cell in cells}) == 4
+    assert cells[0].name == ladder.tuning_cells("adamw", (4e-3,))[0].name
+    large = ladder.transfer_cells(ladder.rungs[1], "adamw", 4e-3)
+    assert [c.config.optimizer.learning_rate for c in large] == [4e-3, 4e-3, 2e-3, 8e-3]
+    assert {c.config.base.width for c in large} == {8}
+    assert {c.config.model.width for c in large} == {16}
+
+
+@pytest.mark.parametrize(
+    ("optimum", "best", "tried"),
+    [
+        (8e-3, 8e-3, [4e-3, 8e-3, 1.6e-2]),  # at the upper edge: one more, which is worse
+        (4e-3, 4e-3, [2e-3, 4e-3, 8e-3]),
+        (6.4e-2, 1.6e-2, [4e-3, 8e-3, 1.6e-2]),  # extensions used up
+    ],
+)
+def test_the_grid_extends_itself(optimum, best, tried):
+    ladder = Ladder(small_ladder())
+    loss = log_parabola(optimum)
+    results = {}
+    for _ in range(3):
+        cells, found = tune(ladder, "adamw", results)
+        if found is not None:
+            break
+        results |= results_of(cells, loss)
+    assert found == best
+    assert sorted({c.config.optimizer.learning_rate for c in cells}) == pytest.approx(tried)
+
+
+def test_a_diverged_seed_rules_a_learning_rate_out():
+    ladder = Ladder(small_ladder(max_extensions=0))
+    cells, _ = tune(ladder, "adamw", {})
+    diverges = lambda config: None if config.optimizer.learning_rate == 8e-3 else 2.0
+    assert tune(ladder, "adamw", results_of(cells, diverges))[1] == 4e-3
+    with pytest.raises(ValueError, match="diverged at every learning rate"):
+        tune(ladder, "adamw", results_of(cells, lambda _: None))
+
+
+def test_tasks_appear_as_results_do():
+    ladder = Ladder(small_ladder(max_extensions=0))
+    tasks = missing_tasks(ladder, {})
+    assert [(t.rung, t.optimizer, len(t.cells)) for t in tasks] == [
+        ("w8", "adamw", 4),
+        ("w8", "muon", 4),
+    ]
+    results = results_of(tasks[0].cells, log_parabola(8e-3))
+    tasks = missing_tasks(ladder, results)
+    assert [(t.rung, t.optimizer) for t in tasks] == [("w8", "muon"), ("w16", "adamw")]
+    before = remaining_flops(ladder, results)
+    results |= results_of(tasks[1].cells, lambda _: 2.0)
+    assert remaining_flops(ladder, results) < before
+    results |= results_of(tasks[0].cells, log_parabola(1e-2))
+    (task,) = missing_tasks(ladder, results)
+    assert {c.config.optimizer.learning_rate for c in task.cells} == {5e-3, 1e-2, 2e-2}
+    assert missing_tasks(ladder, results | results_of(task.cells, lambda _: 2.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": (8,)}, "at least two"),
+        ({"widths": (16, 8)}, "ascending"),
+        ({"widths": (8, 20)}, "20 is not a multiple of head_dim=8"),
+        ({"seeds": ()}, "seeds"),
+        ({"tokens_per_parameter": 0.0}, "tokens_per_parameter=0.0"),
+        ({"workers": 2}, "workers=2"),
+    ],
+)
+def test_bad_ladders_are_refused_before_anything_runs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Ladder(small_ladder(**changes))
+
+
+def test_unknown_names_are_refused_with_a_suggestion():
+    config = small_ladder()
+    config.optimizers.mun = config.optimizers.muon
+    with pytest.raises(ValueError, match="unknown optimizer 'mun'"):
+        Ladder(config)
+    config = small_ladder()
+    config.optimizers.muon.options.betaa = 0.9
+    with pytest.raises(ValueError, match="did you mean 'beta'"):
+        Ladder(config)
+    config = small_ladder()
+    config.wdiths = (8, 16)
+    with pytest.raises(ValueError, match="did you mean 'widths'"):
+        Ladder(config)
+    config = small_ladder()
+    del config.optimizers.adamw
+    with pytest.raises(ValueError, match="baseline"):
+        Ladder(config)
+
+
+CONFIG_FILE = """
+from tests.experiments.test_ladder import small_ladder
+
+def get_config():
+    return small_ladder(workers=2, platform="cpu")
+"""
+
+
+def start(config, workdir):
+    command = [sys.executable, "-m", "experiments.scale_ladder"]
+    return subprocess.Popen(
+        [*command, f"--config={config}", f"--workdir={workdir}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
+    config = tmp_path / "ladder.py"
+    config.write_text(CONFIG_FILE)
+    workdir = tmp_path / "run"
+    first = start(config, workdir)
+    while not list(workdir.glob("cells/*/result.json")):
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {name: os.path.getmtime(workdir / "cells" / name / "result.json")
+              for name in finished_cells(workdir)}  # fmt: skip
+
+    second = start(config, workdir)
+    output, _ = second.communicate(timeout=400)
+    assert second.returncode == 0, output
+    for name, time_written in before.items():
+        assert os.path.getmtime(workdir / "cells" / name / "result.json") == time_written
+    assert "left" in output
+    assert "muon" in output.splitlines()[-5:][0] or "muon" in output
+
+    report = json.loads((workdir / "report.json").read_text())
+    assert [rung["name"] for rung in report["rungs"]] == ["w8", "w16"]
+    for optimizer in ("adamw", "muon"):
+        found = report["optimizers"][optimizer]
+        assert set(found["final_loss"]) == {"w8", "w16"}
+        assert found["final_loss"]["w16"] < math.log(96)
+        interval = found["compute_multiplier"]["w16"]
+        assert interval["low"] <= interval["value"] <= interval["high"]
+    lines = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == len(finished_cells(workdir))
+    for line in lines:
+        assert {"cell", "rung", "config", "versions", "device", "flops", "seconds"} <= set(line)
+    for figure in ("loss_vs_compute", "multiplier_vs_compute", "learning_rate_sweeps"):
+        assert (workdir / f"{figure}.png").stat().st_size > 5_000
+    assert (workdir / "report.md").read_text().startswith("#")
+
+    third = start(config, workdir)
+    output, _ = third.communicate(timeout=60)
+    assert third.returncode == 0
+    assert "validation loss" not in output  # nothing was trained again
+
+
+def test_a_report_needs_results(tmp_path):
+    with pytest.raises(ValueError, match="run the ladder"):
+        write_report({}, tmp_path)
