@@ -12,29 +12,36 @@ from experiments.ladder.plan import default_ladder
 
 def get_config() -> ConfigDict:
     config = default_ladder()
-    config.widths = (24, 40, 64)
+    config.widths = (24, 48, 72)
     config.depth = 2
-    config.tokens_per_parameter = 8.0
+    config.tokens_per_parameter = 5.0
     config.seeds = (0, 1)
     config.workers = min(os.cpu_count() or 1, 8)
     config.platform = "cpu"
 
     train = config.train
+    train.model.head_dim = 24
     train.context = 128
     train.batch_size = 4
     train.warmup_tokens = 20 * 512
+    train.eval_batches = 64
     train.checkpoint_every = 500
 
-    # Embedding and readout of the matrix optimizers have Adam's tuned learning rate.
-    adam = {"adam_learning_rate": 8e-3}
-    grids = {
-        "adamw": ((4e-3, 8e-3, 1.6e-2), {}),
-        "muon": ((8e-3, 1.6e-2, 3.2e-2), adam),
-        "shampoo": ((8e-3, 1.6e-2, 3.2e-2), adam),
-        "soap": ((8e-3, 1.6e-2, 3.2e-2), adam),
+    # The Adam that takes embedding and readout from Muon and Shampoo has a learning rate of its own.
+    adam = {"adam_learning_rate": 3.2e-2}
+    blocks = {"block_size": 24}
+    options = {
+        "adamw": {},
+        "muon": adam,
+        "shampoo": adam | blocks,
+        "soap": blocks | {"exact_steps": 50},
     }
     config.optimizers = {
-        name: {"learning_rates": rates, "weight_decay": 0.0, "options": options}
-        for name, (rates, options) in grids.items()
+        name: {
+            "learning_rates": (8e-3, 1.6e-2, 3.2e-2),
+            "weight_decay": 0.0,
+            "options": ConfigDict(chosen),
+        }
+        for name, chosen in options.items()
     }
     return config

@@ -1,12 +1,11 @@
 """What all entry points share: their flags, and errors as one line."""
 
-import logging
 import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 
@@ -27,7 +26,6 @@ def run(
       workdir: default of --workdir.
       define_flags: defines further flags.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -37,6 +35,8 @@ def run(
                 define_flags()
             rest = flags.FLAGS(argv)
             _ = flags.FLAGS.config  # a file that did not load says so when it is read
+            if flags.FLAGS["verbosity"].using_default_value:
+                logging.set_verbosity(logging.ERROR)
         except (AttributeError, KeyError) as error:  # an override of a key that is not there
             overrides = " ".join(a for a in argv if a.startswith("--config."))
             _fail(f"no such key in the configuration: {_one_line(error)} ({overrides})")

@@ -19,6 +19,7 @@ from mup_jax.transfer import rules
 from mup_jax.transfer.mup import add_independent_weight_decay, mup
 from mup_jax.transfer.rules import Rule
 from mup_jax.transfer.shapes import is_shape
+from mup_jax.transforms.blocking import Sides
 from mup_jax.transforms.grafting import graft
 from mup_jax.transforms.linalg import Orthogonalizer
 from mup_jax.transforms.matrices import PyTree, WeightDimensionNumbers
@@ -111,8 +112,9 @@ def muon(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     adam = _relative_adam(learning_rate, adam_learning_rate, adam_b1, adam_b2, adam_eps, shapes)
-    routes = {"matrix": _scaled(direction, rules.muon(), shapes), "adam": adam}
-    return _optimizer(_route_hidden(routes, shapes), learning_rate, schedule, weight_decay, shapes)
+    hidden = _scaled(direction, rules.muon(), shapes)
+    routed = _route(shapes, hidden=hidden, embedding=adam, readout=adam, vector=adam)
+    return _optimizer(routed, learning_rate, schedule, weight_decay, shapes)
 
 
 def shampoo(
@@ -178,8 +180,9 @@ def shampoo(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     adam = _relative_adam(learning_rate, adam_learning_rate, b1, b2, adam_eps, shapes)
-    routes = {"matrix": _scaled(direction, rules.grafted(rules.adam()), shapes), "adam": adam}
-    return _optimizer(_route_hidden(routes, shapes), learning_rate, schedule, weight_decay, shapes)
+    hidden = _scaled(direction, rules.grafted(rules.adam()), shapes)
+    routed = _route(shapes, hidden=hidden, embedding=adam, readout=adam, vector=adam)
+    return _optimizer(routed, learning_rate, schedule, weight_decay, shapes)
 
 
 def soap(
@@ -199,7 +202,7 @@ def soap(
     adam_learning_rate: Scalar | None = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SOAP with blocks on hidden matrices, Adam on embedding, readout and vectors.
+    """SOAP with blocks on matrices, on the width side alone of embedding and readout ([Q]).
 
     Args:
       learning_rate: η of the base model.
@@ -215,8 +218,8 @@ def soap(
       precondition_frequency: see block_size.
       exact_steps: see block_size.
       stagger: see block_size.
-      adam_learning_rate: η of embedding, readout and vectors in the base model; None for
-        `learning_rate`.
+      adam_learning_rate: η of Adam in the base model, which then takes embedding and readout; None
+        leaves them to SOAP. Vectors have Adam either way, at this rate or at `learning_rate`.
       weight_dimension_numbers: see block_size.
 
     Returns:
@@ -225,25 +228,35 @@ def soap(
     References:
       Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024; µP as in [Q].
     """
-    direction = scale_by_soap(
-        b1,
-        b2,
-        eps,
-        block_size=block_size,
-        max_preconditioner_dim=max_preconditioner_dim,
-        precondition_frequency=precondition_frequency,
-        exact_steps=exact_steps,
-        stagger=stagger,
-        weight_dimension_numbers=weight_dimension_numbers,
-    )
-    rule = rules.soap(block_size=block_size, max_preconditioner_dim=max_preconditioner_dim)
+    blocks: dict[str, Any] = {
+        "block_size": block_size,
+        "max_preconditioner_dim": max_preconditioner_dim,
+    }
+
+    def on(sides: Sides) -> optax.GradientTransformation:
+        direction = scale_by_soap(
+            b1,
+            b2,
+            eps,
+            **blocks,
+            precondition_frequency=precondition_frequency,
+            exact_steps=exact_steps,
+            stagger=stagger,
+            sides=sides,
+            weight_dimension_numbers=weight_dimension_numbers,
+        )
+        return _scaled(direction, rules.soap(**blocks, sides=sides), shapes)
+
     adam = _relative_adam(learning_rate, adam_learning_rate, b1, b2, eps, shapes)
-    routes = {"matrix": _scaled(direction, rule, shapes), "adam": adam}
-    return _optimizer(_route_hidden(routes, shapes), learning_rate, schedule, weight_decay, shapes)
+    width_side = {"embedding": on("out"), "readout": on("in")}
+    outer = width_side if adam_learning_rate is None else {"embedding": adam, "readout": adam}
+    routed = _route(shapes, hidden=on("both"), **outer, vector=adam)
+    return _optimizer(routed, learning_rate, schedule, weight_decay, shapes)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    "adamw": adamw, "muon": muon,
+    "adamw": adamw,
+    "muon": muon,
     "shampoo": shampoo,
     "soap": soap,
 }
@@ -270,17 +283,22 @@ def _relative_adam(
     return optax.chain(adam, optax.scale(adam_learning_rate / learning_rate))
 
 
-def _route_hidden(
-    routes: dict[str, optax.GradientTransformation], shapes: PyTree | None
+def _route(
+    shapes: PyTree | None,
+    *,
+    hidden: optax.GradientTransformation,
+    embedding: optax.GradientTransformation,
+    readout: optax.GradientTransformation,
+    vector: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Hidden matrices to routes["matrix"], all others to routes["adam"]."""
+    """Each parameter to the transformation of its role."""
 
     def labels(params: PyTree) -> Any:
         if shapes is None:
-            return jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "adam", params)
-        by_role = lambda s: "matrix" if s.role == "hidden" else "adam"
-        return jax.tree.map(by_role, shapes, is_leaf=is_shape)
+            return jax.tree.map(lambda p: "hidden" if p.ndim > 1 else "vector", params)
+        return jax.tree.map(lambda shape: shape.role, shapes, is_leaf=is_shape)
 
+    routes = {"hidden": hidden, "embedding": embedding, "readout": readout, "vector": vector}
     return optax.partition(routes, labels)
 
 

@@ -108,9 +108,8 @@ def test_updates_are_minus_schedule_times_learning_rate_and_decay(name, with_sha
     for s, u, before in zip(SCHEDULE, got, plain, strict=True):
         for key, w in PARAMS.items():
             decay = 0.0 if key == "gain" else 0.3 / width_ratio
-            np.testing.assert_allclose(
-                u[key], 2 * before[key] - s * decay * w, rtol=1e-4, atol=1e-6
-            )
+            want = 2 * before[key] - s * decay * w
+            np.testing.assert_allclose(u[key], want, rtol=1e-4, atol=1e-6)
             assert np.any(u[key]) == (s > 0)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from experiments.ladder.plan import Cell, Ladder
-from experiments.ladder.schedule import Results, remaining_flops
+from experiments.ladder.schedule import Results, remaining_cells
 
 _STATUS_SECONDS = 1.0
 
@@ -37,7 +37,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
-        self._left_at_start = remaining_flops(self._ladder, self._finished())
+        self._left_at_start = self._left(remaining_cells(self._ladder, self._finished()))
         self._thread.start()
         return self
 
@@ -77,16 +77,23 @@ class Progress:
         return f"[{self._times()}] " + " | ".join(running)
 
     def _times(self) -> str:
-        """Rungs whose cells have all finished, time so far, and an estimate of the time left."""
+        """Rungs and cells that have finished, time so far, and an estimate of the time left."""
         results = self._finished()
-        left = remaining_flops(self._ladder, results)
-        left -= sum(
+        remaining = remaining_cells(self._ladder, results)
+        rungs = sum(count == 0 for count in remaining.values())
+        left = self._left(remaining) - sum(
             self._flops[cell.rung] * step / steps for cell, step, steps, _ in self._running.values()
         )
         elapsed = time.perf_counter() - self._start
         done = self._left_at_start - left
         estimate = f"~{_minutes(elapsed * left / done)}" if done > 0 else "?"
-        return f"{len(results)} cells, {_minutes(elapsed)} elapsed, {estimate} left"
+        cells = f"{len(results)}/{len(results) + sum(remaining.values())} cells"
+        rungs_done = f"{rungs}/{len(remaining)} rungs"
+        return f"{rungs_done}, {cells}, {_minutes(elapsed)} elapsed, {estimate} left"
+
+    def _left(self, remaining: dict[str, int]) -> float:
+        """Model FLOPs of the cells that remain."""
+        return sum(self._flops[rung] * count for rung, count in remaining.items())
 
 
 def _describe(cell: Cell) -> str:

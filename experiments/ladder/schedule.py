@@ -72,11 +72,16 @@ def missing_tasks(ladder: Ladder, results: Results) -> list[Task]:
     return sorted(tasks, key=lambda task: (not is_tuning(task), -task.flops))
 
 
-def remaining_flops(ladder: Ladder, results: Results) -> float:
-    """Model FLOPs still to train, counting what an untuned optimizer will need at larger rungs."""
-    flops = sum(task.flops for task in missing_tasks(ladder, results))
+def remaining_cells(ladder: Ladder, results: Results) -> dict[str, int]:
+    """How many cells of each rung have not finished.
+
+    Counts what an optimizer that is not tuned yet will need at the larger rungs.
+    """
+    counts = dict.fromkeys((rung.name for rung in ladder.rungs), 0)
+    for task in missing_tasks(ladder, results):
+        counts[task.rung] += len(task.cells)
     for optimizer in ladder.optimizers:
         if tune(ladder, optimizer, results)[1] is None:
             for rung in ladder.rungs[1:]:
-                flops += rung.flops * len(ladder.transfer_cells(rung, optimizer, 1.0))
-    return flops
+                counts[rung.name] += len(ladder.transfer_cells(rung, optimizer, 1.0))
+    return counts

@@ -138,7 +138,8 @@ def _learning_rate_sweeps(
         if tuned is not None:
             axes.axvline(tuned, color="0.4", linestyle="--", linewidth=1, zorder=0)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        tried = {rate for sweep in summary["learning_rate_sweep"].values() for rate, _ in sweep}
+        axes.set_xticks(sorted(tried), [f"{rate:.3g}" for rate in sorted(tried)])
         _plain_log(axes)
     entries = {
         label: handle

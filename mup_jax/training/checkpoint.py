@@ -20,9 +20,9 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be restored."""
 
 
-@functools.partial(jax.jit, static_argnums=())
-def _checksum(state: TrainState) -> jax.Array:
-    """The sum of all bits' 32-bit words, modulo 2³²: independent of the mesh.
+@jax.jit
+def _checksum(tree: Any) -> jax.Array:
+    """The sum of all values' bits as words of at most 32, modulo 2³²: independent of the mesh.
 
     Orbax detects a truncated file, but not a flipped bit in the values.
     """
@@ -31,7 +31,7 @@ def _checksum(state: TrainState) -> jax.Array:
         unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned), dtype=jnp.uint32)
 
-    return functools.reduce(jnp.add, map(words, jax.tree.leaves(state)))
+    return functools.reduce(jnp.add, map(words, jax.tree.leaves(tree)))
 
 
 class Checkpoints:
@@ -54,8 +54,8 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data_position: dict[str, int]) -> None:
         """Begins to save; waits for the save before, if that is still going on."""
-        tree = {"train": state, "data": data_position, "checksum": _checksum(state)}
-        self._checkpointer.save_pytree_async(step, tree)
+        tree = {"train": state, "data": data_position}
+        self._checkpointer.save_pytree_async(step, tree | {"checksum": _checksum(tree)})
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, int]] | None:
         """The latest state and data position, or None where nothing was saved.
@@ -70,17 +70,17 @@ class Checkpoints:
         if not saved:
             return None
         step = max(saved)
-        checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=abstract_state.step.sharding)
-        tree = {"train": abstract_state, "data": {"next_index": 0}, "checksum": checksum}
+        word = jax.ShapeDtypeStruct((), jnp.uint32, sharding=abstract_state.step.sharding)
+        tree = {"train": abstract_state, "data": {"next_index": 0}, "checksum": word}
         # A failed read leaves coroutines behind that complain when they are collected.
         with contextlib.redirect_stderr(io.StringIO()):
             try:
                 restored: Any = self._checkpointer.load_pytree(step, tree)
-                reason = None
+                checksum, reason = restored.pop("checksum"), None
             except Exception as error:
                 restored, reason = None, f"{type(error).__name__} while reading"
             gc.collect()
-        if restored is not None and _checksum(restored["train"]) != restored["checksum"]:
+        if restored is not None and _checksum(restored) != checksum:
             reason = "its values do not match their checksum"
         if reason is not None:
             before = [s for s in saved if s != step]

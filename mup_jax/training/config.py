@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from mup_jax.models.llama import LlamaConfig
@@ -94,11 +95,17 @@ def check_keys(config: Any, reference: Any, path: str = "config") -> None:
 
 
 def check_optimizer(name: str, options: Any) -> None:
-    """Raises ValueError for an optimizer or an option that does not exist."""
+    """Raises ValueError for an optimizer, or an option of it, that does not exist or is refused."""
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     known = [k for k in inspect.signature(OPTIMIZERS[name]).parameters if k not in _SET_BY_TRAINER]
     check_known(options, known, f"options of {name}")
+    matrix = {"w": jax.ShapeDtypeStruct((2, 2), "float32")}
+    try:
+        optimizer = OPTIMIZERS[name](1.0, **options)
+        jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), matrix)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"options of {name}: {error}") from error
 
 
 def validate(config: ConfigDict) -> None:
@@ -114,6 +121,8 @@ def validate(config: ConfigDict) -> None:
     for key in ("context", "batch_size", "clip_norm", "eval_batches", "checkpoint_every"):
         if config[key] <= 0:
             raise ValueError(f"config.{key}={config[key]}: give a positive value")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"config.seed={config.seed}: choose one in [0, 2**31)")
     tokens_per_step = config.batch_size * config.context
     if steps_of(config) < 1:
         raise ValueError(

@@ -26,6 +26,7 @@ from mup_jax.training.program import Hyperparameters, Program, TrainState, make_
 _COORDINATE_CHECK_STEP = 10
 
 _LOSS_CURVE_POINTS = 100
+_PROGRESS_STEPS = 16
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 Progress = Callable[[int, int, float | None], None]
@@ -107,13 +108,13 @@ def train(
                 batches.set_state(position)
                 first_step = int(state.step)
             metrics = MetricsWriter(workdir / "metrics.jsonl", first_step)
-            state = _train_steps(
+            state, seconds = _train_steps(
                 config, program, state, first_step, batches, validation, metrics, checkpoints,
                 on_progress,
             )  # fmt: skip
         finally:
             checkpoints.close()
-        result = _result(config, program, tokens, metrics.lines, state, next(batches))
+        result = _result(config, program, tokens, metrics.lines, seconds, state, next(batches))
     write_atomically(result_path, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -128,7 +129,8 @@ def _train_steps(
     metrics: MetricsWriter,
     checkpoints: Checkpoints,
     on_progress: Progress | None,
-) -> TrainState:
+) -> tuple[TrainState, float]:
+    """The last state, and the seconds that all steps took, compilation of the step excluded."""
     hyperparameters = jax.device_put(Hyperparameters.of(config), program.replicated)
     train_step = program.step
     elapsed = metrics.lines[-1]["seconds"] if metrics.lines else 0.0
@@ -137,6 +139,7 @@ def _train_steps(
     def evaluate(params: Any) -> jax.Array:
         return program.evaluate(params, jax.device_put(validation, program.replicated))
 
+    shown = first_step
     for step in range(first_step + 1, program.steps + 1):
         batch = _on_mesh(next(batches), program)
         if step == _COORDINATE_CHECK_STEP:
@@ -156,10 +159,11 @@ def _train_steps(
             written = metrics.lines[-1]
             if written["loss"] is None:
                 break
-            if on_progress and written["step"] % 16 == 0:
-                on_progress(step, program.steps, written["loss"])
-    metrics.close()
-    return state
+            if on_progress and written["step"] >= shown + _PROGRESS_STEPS:
+                shown = written["step"]
+                on_progress(shown, program.steps, written["loss"])
+    metrics.close()  # waits for the device
+    return state, time.perf_counter() - start
 
 
 def _on_mesh(batch: data.Batch, program: Program) -> dict[str, jax.Array]:
@@ -172,6 +176,7 @@ def _result(
     program: Program,
     tokens: data.Tokens,
     lines: list[dict[str, Any]],
+    seconds: float,
     state: TrainState,
     batch: data.Batch,
 ) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def _result(
             "optimizer": program.optimizer_flops * program.steps,
         },
         "seconds": {
-            "total": lines[-1]["seconds"],
+            "total": seconds + program.compile_seconds,
             "compile": program.compile_seconds,
             "optimizer_share": None
             if diverged

@@ -165,9 +165,9 @@ class Program:
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradient),
-            "update_norm": optax.global_norm(updates),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(gradient),
+            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": optax.tree.norm(params),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 

@@ -14,7 +14,7 @@ from configs import ladder_cpu
 from experiments.ladder.plan import Ladder, default_ladder, describe
 from experiments.ladder.report import write_report
 from experiments.ladder.run import finished_cells
-from experiments.ladder.schedule import missing_tasks, remaining_flops, tune
+from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
 
 
 def small_ladder(**changes):
@@ -107,9 +107,9 @@ def test_tasks_appear_as_results_do():
     results = results_of(tasks[0].cells, log_parabola(8e-3))
     tasks = missing_tasks(ladder, results)
     assert [(t.rung, t.optimizer) for t in tasks] == [("w8", "muon"), ("w16", "adamw")]
-    before = remaining_flops(ladder, results)
+    assert remaining_cells(ladder, results) == {"w8": 4, "w16": 8}
     results |= results_of(tasks[1].cells, lambda _: 2.0)
-    assert remaining_flops(ladder, results) < before
+    assert remaining_cells(ladder, results) == {"w8": 4, "w16": 4}
     results |= results_of(tasks[0].cells, log_parabola(1e-2))
     (task,) = missing_tasks(ladder, results)
     assert {c.config.optimizer.learning_rate for c in task.cells} == {5e-3, 1e-2, 2e-2}

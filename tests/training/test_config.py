@@ -1,0 +1,172 @@
+import copy
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from mup_jax.training import default_config, identity, validate
+from mup_jax.training.config import differences, program_identity, steps_of, to_json
+from tests.training.tiny import tiny_config
+
+
+def changed(**changes):
+    return tiny_config(**changes)
+
+
+def without(*path):
+    config = default_config()
+    node = config
+    for key in path[:-1]:
+        node = node[key]
+    del node[path[-1]]
+    return config
+
+
+def with_unknown(path, key):
+    config = default_config()
+    with config.unlocked():
+        node = config[path] if path else config
+        node[key] = 1
+    return config
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap"])
+def test_valid(name):
+    validate(default_config())
+    validate(changed(optimizer__name=name))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (with_unknown("", "tokenz"), r"unknown key config\.tokenz: did you mean 'tokens'\?"),
+        (with_unknown("model", "widht"), r"config\.model\.widht: did you mean 'width'\?"),
+        (with_unknown("base", "q"), r"unknown key config\.base\.q: known are depth, width"),
+        (without("tokens"), r"missing key config\.tokens: the default is 102400"),
+        (without("optimizer", "name"), r"missing key config\.optimizer\.name: .*'muon'"),
+        (
+            changed(optimizer__name="adam"),
+            r"unknown optimizer 'adam': choose one of adamw, muon, shampoo, soap",
+        ),
+        (
+            changed(optimizer__options=ConfigDict({"b3": 0.9})),
+            r"options of adamw\.b3: known are b1, b2, eps",
+        ),
+        (
+            # The trainer sets it: it cannot be set a second time.
+            changed(optimizer__options=ConfigDict({"learning_rate": 0.1})),
+            r"options of adamw\.learning_rate: known are b1, b2, eps",
+        ),
+        (
+            changed(optimizer__name="muon", optimizer__options=ConfigDict({"steps": 0})),
+            "options of muon: steps=0",
+        ),
+        (
+            changed(optimizer__name="soap", optimizer__options=ConfigDict({"block_size": "8"})),
+            "options of soap: ",
+        ),
+        (changed(model__width=20), "width=20 is not a multiple of head_dim=8: choose width 16 or"),
+        (changed(base__width=20), "width=20 is not a multiple of head_dim=8"),
+        (changed(model__depth=0), "depth=0: choose a positive value"),
+        (changed(tokens=127), r"config\.tokens=127 is less than one batch of 128 tokens"),
+        (changed(warmup_tokens=40 * 128), r"warmup_tokens=5120: choose less than tokens=5120"),
+        (changed(warmup_tokens=-1), r"warmup_tokens=-1"),
+        (changed(clip_norm=0.0), r"config\.clip_norm=0\.0: give a positive value"),
+        (changed(context=0), r"config\.context=0: give a positive value"),
+        (changed(checkpoint_every=0), r"config\.checkpoint_every=0"),
+        (changed(seed=-1), r"config\.seed=-1: choose one in"),
+        (changed(seed=2**31), r"config\.seed=2147483648"),
+    ],
+)
+def test_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+CHANGES = {
+    "seed": 1,
+    "data__tokenizer": "other",
+    "model__width": 24,
+    "model__depth": 2,
+    "model__head_dim": 4,
+    "model__mlp_ratio": 2,
+    "base__width": 24,
+    "base__depth": 2,
+    "context": 32,
+    "batch_size": 16,
+    "tokens": 6000,
+    "warmup_tokens": 0,
+    "optimizer__name": "muon",
+    "optimizer__learning_rate": 2e-2,
+    "optimizer__weight_decay": 0.1,
+    "optimizer__options": ConfigDict({"b1": 0.8}),
+    "clip_norm": 2.0,
+    "eval_batches": 1,
+    "eval_every": 0,
+    "checkpoint_every": 5,
+}
+
+
+def leaves(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and key != "options":
+            yield from leaves(value, f"{prefix}{key}__")
+        else:
+            yield prefix + key
+
+
+def test_every_key_is_changed_below():
+    assert {*leaves(default_config())} - {*CHANGES} == {"data__source"}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_identity_differs_for_any_change(key):
+    config = changed(**{key: CHANGES[key]})
+    assert identity(config) != identity(tiny_config())
+    shares_programs = key in ("seed", "optimizer__learning_rate", "optimizer__weight_decay")
+    assert (program_identity(config) == program_identity(tiny_config())) == shares_programs
+    difference = differences(tiny_config().to_dict(), config.to_dict())
+    assert len(difference) == 1
+    assert difference[0].startswith(f"config.{key.replace('__', '.')}")
+
+
+def test_identity_is_stable():
+    # Folders of finished cells are named by it: a change here makes them unreachable.
+    text = json.dumps({"a": 1, "b": {"c": 0.5}})
+    expected = "4dae33aeca8c"
+    assert identity(ConfigDict({"b": {"c": 0.5}, "a": 1})) == expected
+    assert identity(ConfigDict(json.loads(text))) == expected
+    assert identity(tiny_config()) == identity(copy.deepcopy(tiny_config()))
+    # A saved configuration is the same one.
+    assert identity(ConfigDict(json.loads(to_json(tiny_config())))) == identity(tiny_config())
+
+
+def test_program_identity_changes_nothing():
+    config = changed(seed=3)
+    program_identity(config)
+    assert config.seed == 3
+    assert config.optimizer.learning_rate == 1e-2
+
+
+def test_differences_name_both_values():
+    old, new = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3, "d": 4}}
+    assert differences(old, new) == [
+        "config.a.c was 2 and is now 3",
+        "config.a.d was None and is now 4",
+    ]
+    assert differences(old, old) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch_size", "context", "steps"),
+    [
+        # The smallest rung of arXiv 2512.05620, Table 3.
+        (3_713_617_920, 128, 1024, 28_332),
+        (128, 8, 16, 1),
+        (255, 8, 16, 1),
+        (256, 8, 16, 2),
+    ],
+)
+def test_steps(tokens, batch_size, context, steps):
+    config = changed(tokens=tokens, batch_size=batch_size, context=context)
+    assert steps_of(config) == steps
