@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     train.eval_batches = 64
     train.checkpoint_every = 500
 
-    # The Adam that takes embedding and readout from Muon and Shampoo has a learning rate of its own.
+    # Embedding and readout of Muon and Shampoo: Adam, at a learning rate of its own.
     adam = {"adam_learning_rate": 3.2e-2}
     blocks = {"block_size": 24}
     options = {

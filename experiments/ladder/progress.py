@@ -32,12 +32,13 @@ class Progress:
         self._reports = reports
         self._finished = finished
         self._flops = {rung.name: rung.flops for rung in ladder.rungs}
+        # Of the cells that finished here, without their compilation: how fast a worker trains.
+        self._trained_flops = self._trained_seconds = 0.0
         self._running: dict[str, tuple[Cell, int, int, float | None]] = {}
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
-        self._left_at_start = self._left(remaining_cells(self._ladder, self._finished()))
         self._thread.start()
         return self
 
@@ -53,6 +54,8 @@ class Progress:
                 self._running[cell.name] = (cell, step, steps, loss)
             else:
                 self._running.pop(cell.name, None)
+                self._trained_flops += result["flops"]["model"]
+                self._trained_seconds += result["seconds"]["total"] - result["seconds"]["compile"]
                 self._print_finished(cell, result)
             if sys.stdout.isatty() and time.perf_counter() - shown > _STATUS_SECONDS:
                 shown = time.perf_counter()
@@ -81,19 +84,17 @@ class Progress:
         results = self._finished()
         remaining = remaining_cells(self._ladder, results)
         rungs = sum(count == 0 for count in remaining.values())
-        left = self._left(remaining) - sum(
+        left = sum(self._flops[rung] * count for rung, count in remaining.items()) - sum(
             self._flops[cell.rung] * step / steps for cell, step, steps, _ in self._running.values()
         )
         elapsed = time.perf_counter() - self._start
-        done = self._left_at_start - left
-        estimate = f"~{_minutes(elapsed * left / done)}" if done > 0 else "?"
+        estimate = "?"
+        if self._trained_flops:
+            rate = self._ladder.config.workers * self._trained_flops / self._trained_seconds
+            estimate = f"~{_minutes(left / rate)}"
         cells = f"{len(results)}/{len(results) + sum(remaining.values())} cells"
         rungs_done = f"{rungs}/{len(remaining)} rungs"
         return f"{rungs_done}, {cells}, {_minutes(elapsed)} elapsed, {estimate} left"
-
-    def _left(self, remaining: dict[str, int]) -> float:
-        """Model FLOPs of the cells that remain."""
-        return sum(self._flops[rung] * count for rung, count in remaining.items())
 
 
 def _describe(cell: Cell) -> str:

@@ -55,7 +55,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data_position: dict[str, int]) -> None:
         """Begins to save; waits for the save before, if that is still going on."""
         tree = {"train": state, "data": data_position}
-        self._checkpointer.save_pytree_async(step, tree | {"checksum": _checksum(tree)})
+        self._checkpointer.save_async(step, tree | {"checksum": _checksum(tree)})
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, int]] | None:
         """The latest state and data position, or None where nothing was saved.
@@ -75,7 +75,7 @@ class Checkpoints:
         # A failed read leaves coroutines behind that complain when they are collected.
         with contextlib.redirect_stderr(io.StringIO()):
             try:
-                restored: Any = self._checkpointer.load_pytree(step, tree)
+                restored: Any = self._checkpointer.load(step, tree)
                 checksum, reason = restored.pop("checksum"), None
             except Exception as error:
                 restored, reason = None, f"{type(error).__name__} while reading"

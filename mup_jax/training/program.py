@@ -6,7 +6,6 @@ compiles once.
 
 import functools
 import json
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +86,6 @@ class Program:
         self.loss_and_gradient = jax.jit(jax.value_and_grad(self._loss))
         self.evaluate = jax.jit(self._evaluate)
         self.features = jax.jit(lambda params, inputs: self._merge(params).features(inputs))
-        self.compile_seconds = 0.0
 
     @property
     def replicated(self) -> NamedSharding:
@@ -96,11 +94,8 @@ class Program:
     @functools.cached_property
     def step(self) -> Any:
         """`(state, batch, hyperparameters) -> (state, metrics)`; donates the state."""
-        start = time.perf_counter()
         arguments = self.abstract_state, self.abstract_batch, _abstract_hyperparameters()
-        step = jax.jit(self._step, donate_argnums=0).lower(*arguments).compile()
-        self.compile_seconds = time.perf_counter() - start
-        return step
+        return jax.jit(self._step, donate_argnums=0).lower(*arguments).compile()
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:

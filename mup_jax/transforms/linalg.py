@@ -19,6 +19,8 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 # Below this a float32 statistic is rounding noise.
 FLOOR = 1e-30
+# And so is what is smaller than this times the largest value of its matrix.
+ROUNDING = 1e-6
 
 # K. Jordan et al. 2024, "Muon": the same quintic at every step.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -96,9 +98,8 @@ def orthogonalize(
     x = x.astype(jnp.float32)
     if method == "svd":
         u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-        # Below this a singular vector is rounding noise, which would come out as large as the rest.
-        rounding = 10 * jnp.finfo(jnp.float32).eps
-        nonzero = (s > rounding * s[..., :1]) & (s > FLOOR)
+        # Noise would come out as large as the rest.
+        nonzero = (s > ROUNDING * s[..., :1]) & (s > FLOOR)
         return matmul(u * nonzero[..., None, :], vt)
     # The Gram matrix is iterated on the shorter side.
     tall = x.shape[-2] > x.shape[-1]

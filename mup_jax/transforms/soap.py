@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from mup_jax.transforms.blocking import Blocking, Sides, refresh
-from mup_jax.transforms.linalg import FLOOR, batch_by_shape, eigenbasis, matmul, refine_eigenbasis
+from mup_jax.transforms.linalg import (
+    FLOOR,
+    ROUNDING,
+    batch_by_shape,
+    eigenbasis,
+    matmul,
+    refine_eigenbasis,
+)
 from mup_jax.transforms.matrices import MatrixGroups, WeightDimensionNumbers
 from mup_jax.transforms.statistics import (
     Factors,
@@ -183,7 +190,10 @@ def scale_by_soap(
             ):
                 rotate = partial(_rotate, basis, first=new[..., None, None])
                 v = ema(old_nu, jnp.square(rotate(block)), b2, healthy[key][..., None, None])
-                adam = rotate(momentum) / jnp.maximum(jnp.sqrt(v) + eps, FLOOR)
+                size = jnp.sqrt(v)
+                # Directions without a gradient have v of rounding noise, or exactly zero.
+                noise = ROUNDING * jnp.max(size, axis=(-2, -1), keepdims=True)
+                adam = rotate(momentum) / jnp.maximum(size + eps, jnp.maximum(noise, FLOOR))
                 back = jax.tree.map(lambda q: q.mT, basis)
                 nu[key].append(v)
                 pieces.append(multiply_sides(back, adam) * correction)

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from mup_jax.training.program import (
     make_schedule,
 )
 from tests.training.tiny import (
+    LEARNING_RATE,
     STEPS,
     VOCABULARY,
     mesh_of,
@@ -21,17 +20,10 @@ from tests.training.tiny import (
     run_steps,
     some_tokens,
     tiny_config,
+    trained,
 )
 
 OPTIMIZERS = ["adamw", "muon", "shampoo", "soap"]
-# Large enough for 20 steps to learn a sequence of eight tokens.
-LEARNING_RATE = 3e-2
-
-
-@functools.cache
-def trained(name, devices=1):
-    program = program_of(devices, optimizer__name=name)
-    return run_steps(program, devices, 20, optimizer__learning_rate=LEARNING_RATE)
 
 
 def assert_equal(a, b):
@@ -88,9 +80,7 @@ def test_metrics():
     assert first[0].keys() == {"loss", "gradient_norm", "update_norm", "parameter_norm"}
     np.testing.assert_allclose(first[0]["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(first[0]["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
-    np.testing.assert_allclose(
-        first[0]["parameter_norm"], optax.tree.norm(state.params), rtol=1e-5
-    )
+    np.testing.assert_allclose(first[0]["parameter_norm"], optax.tree.norm(state.params), rtol=1e-5)
     # The schedule starts at zero.
     assert first[0]["update_norm"] == 0
     assert metrics[1]["update_norm"] > 0
@@ -109,7 +99,11 @@ def test_evaluation_is_the_mean_loss():
 
 def test_tuned_numbers_and_seed_share_one_program():
     program = program_of(1)
-    for change in ({"optimizer__learning_rate": 1.0}, {"optimizer__weight_decay": 0.5}, {"seed": 9}):
+    for change in (
+        {"optimizer__learning_rate": 1.0},
+        {"optimizer__weight_decay": 0.5},
+        {"seed": 9},
+    ):
         assert program_of(1, **change) is program
     assert program_of(1, clip_norm=2.0) is not program
     with jax.set_mesh(mesh_of(8)):
@@ -128,9 +122,7 @@ def test_learning_rate_zero_leaves_only_weight_decay():
         start = jax.device_get(program.init(0).params)
     still, _ = run_steps(program, 1, 5, optimizer__learning_rate=0.0)
     assert_equal(still.params, start)
-    decayed, _ = run_steps(
-        program, 1, 5, optimizer__learning_rate=0.0, optimizer__weight_decay=0.1
-    )
+    decayed, _ = run_steps(program, 1, 5, optimizer__learning_rate=0.0, optimizer__weight_decay=0.1)
     schedule = make_schedule(tiny_config())
     factor = np.prod([1 - 0.1 * schedule(step) for step in range(5)])
     assert factor < 0.9
@@ -191,32 +183,30 @@ def test_rules_scale_the_updates_of_wider_models(name):
             assert jnp.linalg.norm(matrix[0], 2) == pytest.approx(1.0, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["muon", "soap"])
-def test_data_parallel_training_equals_one_device(name):
-    # Eight devices add the rows of a batch in another order.
-    actual, expected = (trained(name, devices)[1] for devices in (8, 1))
-    for steps, rtol in ((slice(0, 3), 1e-5), (slice(3, 20), 2e-2)):
-        np.testing.assert_allclose(
-            [values["loss"] for values in actual[steps]],
-            [values["loss"] for values in expected[steps]],
-            rtol=rtol,
-        )
+# jaxlib's batched factorizations wait for the threads that they run on: eight CPU devices that
+# factorize at the same time leave no thread to do it, and hang.
+@pytest.mark.parametrize(("name", "devices", "steps"), [("muon", 8, 20), ("soap", 2, 5)])
+def test_data_parallel_training_equals_one_device(name, devices, steps):
+    actual, expected = (
+        np.array([values["loss"] for values in trained(name, n)[1]]) for n in (devices, 1)
+    )
+    # Devices add the rows of a batch in another order, and training amplifies that: the first
+    # update that is not zero shows in the third loss.
+    np.testing.assert_allclose(actual[:3], expected[:3], rtol=1e-5)
+    np.testing.assert_allclose(actual[:steps], expected[:steps], rtol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "soap"])
 def test_the_state_is_donated(name):
     program = program_of(1, optimizer__name=name)
-    header = program.step.as_text().splitlines()[0]
-    assert header.count("may-alias") + header.count("must-alias") == len(
-        jax.tree.leaves(program.abstract_state)
-    )
     with jax.set_mesh(mesh_of(1)):
+        header = program.step.as_text().splitlines()[0]
         state = program.init(0)
         hyperparameters = jax.device_put(Hyperparameters.of(tiny_config()), program.replicated)
-        program.step(
-            state, jax.device_put(some_tokens(), program.batch_sharding), hyperparameters
-        )
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        program.step(state, jax.device_put(some_tokens(), program.batch_sharding), hyperparameters)
+    leaves = jax.tree.leaves(state)
+    assert all(leaf.is_deleted() for leaf in leaves)
+    assert header.count("may-alias") + header.count("must-alias") == len(leaves)
 
 
 def test_devices_must_divide_the_batch():

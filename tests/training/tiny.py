@@ -11,6 +11,7 @@ from mup_jax.training.program import Hyperparameters, Program, make_program
 
 VOCABULARY = 96
 STEPS = 40
+LEARNING_RATE = 3e-2
 
 
 def tiny_config(**changes: object) -> ConfigDict:
@@ -56,3 +57,10 @@ def run_steps(program: Program, devices: int, steps: int, seed: int = 0, **chang
             state, values = program.step(state, batch, hyperparameters)
             metrics.append(jax.device_get(values))
     return state, metrics
+
+
+@functools.cache
+def trained(name: str, devices: int = 1):
+    """State and metrics of 20 steps, enough to learn the sequence."""
+    program = program_of(devices, optimizer__name=name)
+    return run_steps(program, devices, 20, optimizer__learning_rate=LEARNING_RATE)

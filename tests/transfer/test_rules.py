@@ -172,8 +172,9 @@ MEASURED = {
         shampoo(exponent=0.25, block_size=SMALL_BLOCK),
         rules.shampoo(exponent=0.25, block_size=SMALL_BLOCK),
     ),
+    "soap": (soap(eps=1e-20, block_size=None), rules.soap(block_size=None)),
     "soap, blocks": (
-        soap(eps=1e-6, block_size=SMALL_BLOCK),
+        soap(eps=1e-20, block_size=SMALL_BLOCK),
         rules.soap(block_size=SMALL_BLOCK),
     ),
 }
@@ -182,7 +183,7 @@ MEASURED = {
 def examples_of(rng, shape):
     """Inputs x with entries Θ(1), and signals δ with entries Θ(1/d_out)."""
     if shape.role == "embedding":
-        x = np.eye(shape.d_in)[rng.integers(shape.d_in, size=EXAMPLES)]
+        x = np.eye(shape.d_in)[rng.permutation(shape.d_in)[:EXAMPLES]]
     else:
         x = rng.normal(size=(EXAMPLES, shape.d_in))
     return x, rng.normal(size=(STEPS, EXAMPLES, shape.d_out)) / shape.d_out
@@ -192,7 +193,8 @@ def examples_of(rng, shape):
 def test_measured_updates_are_flat_in_width(name):
     inner, rule = MEASURED[name]
     changes = {role: [] for role in ROLES}
-    widths = (100, 388) if rule.blocking.block_size else (48, 160)
+    # Factorizations of whole matrices are slow.
+    widths = (64, 256) if name in ("muon", "shampoo ½", "soap") else (100, 388)
     for width in widths:
         rng = np.random.default_rng(width)
         shapes = shapes_of(width / widths[0], width=widths[0])
@@ -212,4 +214,4 @@ def test_measured_updates_are_flat_in_width(name):
         for role, (x, _) in examples.items():
             changes[role].append(np.sqrt(np.mean(np.square(x @ np.asarray(u[role])))))
     slopes = {role: np.polyfit(np.log(widths), np.log(c), 1)[0] for role, c in changes.items()}
-    assert all(abs(slope) < 0.1 for slope in slopes.values()), slopes
+    assert max(map(abs, slopes.values())) < 0.1, slopes

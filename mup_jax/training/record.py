@@ -1,0 +1,87 @@
+"""What there is to know of a finished run."""
+
+import importlib.metadata
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mup_jax.data import Tokens
+from mup_jax.models.llama import forward_flops_per_token, num_parameters
+from mup_jax.training.program import Hyperparameters, Program, TrainState
+
+_LOSS_CURVE_POINTS = 100
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def run_record(
+    config: ConfigDict, program: Program, tokens: Tokens, lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Sizes, losses, FLOPs and provenance of a run, from its configuration and metrics.
+
+    Losses are in nats per token. The validation loss is None where the training loss was not finite
+    at some step; FLOPs are those of the whole run.
+    """
+    n_tokens = program.steps * config.batch_size * config.context
+    forward_flops = forward_flops_per_token(program.model, config.context)
+    diverged = any(line["loss"] is None for line in lines)
+    stride = -(-len(lines) // _LOSS_CURVE_POINTS)
+    changes = [line["feature_change_rms"] for line in lines if "feature_change_rms" in line]
+    return {
+        "width": config.model.width,
+        "depth": config.model.depth,
+        "parameters": num_parameters(program.model),
+        "tokens": n_tokens,
+        "steps": program.steps,
+        "batch_size": config.batch_size,
+        "optimizer": config.optimizer.name,
+        "learning_rate": config.optimizer.learning_rate,
+        "weight_decay": config.optimizer.weight_decay,
+        "seed": config.seed,
+        "validation_loss": None if diverged else lines[-1]["validation_loss"],
+        "loss_curve": [[line["step"], line["loss"]] for line in lines[::stride]],
+        "coordinate_check": {"feature_change_rms": changes[0]} if changes else None,
+        "flops": {
+            "model": 3 * forward_flops * n_tokens,
+            "optimizer": program.optimizer_flops * program.steps,
+        },
+        "device": jax.devices()[0].device_kind,
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "corpus": {
+            "source": config.data.source,
+            "tokenizer": config.data.tokenizer,
+            "fingerprint": tokens.fingerprint,
+            "training_tokens": len(tokens.train),
+            "validation_tokens": len(tokens.validation),
+        },
+        "config": config.to_dict(),
+    }
+
+
+def optimizer_share(
+    program: Program,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    hyperparameters: Hyperparameters,
+    repeats: int = 15,
+) -> float:
+    """The part of a step's time that is not spent on loss and gradient, from medians.
+
+    Donates `state`.
+    """
+    jax.block_until_ready(program.loss_and_gradient(state.params, batch))
+    full, gradient_only = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(program.loss_and_gradient(state.params, batch))
+        gradient_only.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(program.step(state, batch, hyperparameters))
+        full.append(time.perf_counter() - start)
+    return max(0.0, 1 - statistics.median(gradient_only) / statistics.median(full))

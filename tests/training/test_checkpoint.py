@@ -1,0 +1,213 @@
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mup_jax.training import CheckpointError, checkpoint
+from mup_jax.training.checkpoint import Checkpoints
+from tests.training.tiny import mesh_of, program_of, trained
+
+# Enough to find what no layer above the files notices; each restore takes a tenth of a second.
+FLIPS_PER_FILE = 2
+
+# A failed read leaves coroutines behind that complain when they are collected.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
+]
+
+
+def save(folder, steps, state, devices=1):
+    with jax.set_mesh(mesh_of(devices)):
+        checkpoints = Checkpoints(folder)
+        for step in steps:
+            moved = state._replace(step=jnp.full_like(state.step, step))
+            checkpoints.save(step, moved, {"next_index": step})
+        checkpoints.close()
+
+
+def restore(folder, name="adamw", devices=1):
+    with jax.set_mesh(mesh_of(devices)):
+        checkpoints = Checkpoints(folder)
+        try:
+            return checkpoints.restore(abstract_state(name, devices))
+        finally:
+            checkpoints.close()
+
+
+def abstract_state(name, devices):
+    with jax.set_mesh(mesh_of(devices)):
+        return program_of(devices, optimizer__name=name).abstract_state
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes()
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 10 and 20, to be copied."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save(folder, (10, 20), trained("adamw")[0])
+    return folder
+
+
+@pytest.fixture
+def copied(saved, folder):
+    shutil.copytree(saved, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["adamw", "soap"])
+def test_bitwise(folder, name):
+    state = trained(name)[0]
+    # Damage must not be mistaken for what a diverged run looks like.
+    state = state._replace(
+        params=state.params | {"readout": state.params["readout"].at[0, :3].set(jnp.nan)}
+    )
+    save(folder, [20], state)
+    restored, position = restore(folder, name)
+    assert_same_bits(restored, state)
+    assert position == {"next_index": 20}
+
+
+def test_nothing_saved(folder):
+    assert restore(folder) is None
+
+
+def test_the_latest_two_are_kept(folder):
+    save(folder, (1, 2, 3, 4), trained("adamw")[0])
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "4"]
+    restored, position = restore(folder)
+    assert restored.step == 4
+    assert position == {"next_index": 4}
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
+def test_another_mesh(folder, before, after):
+    state = trained("soap")[0]
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state("soap", before))
+    save(folder, [20], jax.device_put(state, shardings), before)
+    restored, _ = restore(folder, "soap", after)
+    assert_same_bits(restored, state)
+    expected = abstract_state("soap", after)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
+        lambda x: x.sharding, expected
+    )
+
+
+def test_deleting_the_latest_goes_on_from_the_one_before(copied):
+    shutil.rmtree(copied / "20")
+    restored, position = restore(copied)
+    assert restored.step == 10
+    assert position == {"next_index": 10}
+
+
+def test_a_killed_save_is_ignored(copied):
+    # What Orbax leaves behind: a folder under a temporary name, at any stage.
+    unfinished = copied / "30.orbax-checkpoint-tmp"
+    shutil.copytree(copied / "20", unfinished)
+    (unfinished / "state").rename(unfinished / "state.orbax-checkpoint-tmp")
+    restored, _ = restore(copied)
+    assert restored.step == 20
+    assert not unfinished.exists()
+
+
+def check_damaged(folder, expected):
+    """Restores the right state, or refuses; never anything else. True where it refused."""
+    before = files_of(folder)
+    try:
+        restored, position = restore(folder)
+    except CheckpointError as error:
+        message = str(error)
+        assert str(folder / "20") in message
+        assert message.endswith("delete that folder to go on from step 10")
+        assert "\n" not in message
+        refused = True
+    else:
+        assert_same_bits(restored, expected[0])
+        assert position == expected[1]
+        refused = False
+    assert files_of(folder) == before
+    return refused
+
+
+def test_truncated_files(copied):
+    expected = restore(copied)
+    refused = {}
+    for path in files_of(copied / "20"):
+        contents = path.read_bytes()
+        for length in {0, len(contents) // 2, max(len(contents) - 1, 0)}:
+            path.write_bytes(contents[:length])
+            refused[path.relative_to(copied), length] = check_damaged(copied, expected)
+        path.write_bytes(contents)
+    assert sum(refused.values()) >= 3
+
+
+def test_flipped_bytes(copied):
+    expected = restore(copied)
+    rng = np.random.default_rng(0)
+    refused = set()
+    for path in files_of(copied / "20"):
+        contents = path.read_bytes()
+        if not contents:
+            continue
+        for position in {0, len(contents) - 1, *rng.integers(len(contents), size=FLIPS_PER_FILE)}:
+            flipped = bytearray(contents)
+            flipped[position] ^= 1 << rng.integers(8)
+            path.write_bytes(flipped)
+            if check_damaged(copied, expected):
+                refused.add(path)
+        path.write_bytes(contents)
+    assert refused
+    assert_same_bits(restore(copied), expected)
+
+
+def test_missing_files(copied):
+    expected = restore(copied)
+    for path in files_of(copied / "20"):
+        contents = path.read_bytes()
+        path.unlink()
+        check_damaged(copied, expected)
+        path.write_bytes(contents)
+
+
+@pytest.mark.parametrize("changed", ["state", "position"])
+def test_a_changed_value_does_not_match_its_checksum(folder, monkeypatch, changed):
+    """A flip that no file format notices."""
+    state, position = trained("adamw")[0], {"next_index": 20}
+    checksum = checkpoint._checksum({"train": state, "data": position})
+    monkeypatch.setattr(checkpoint, "_checksum", lambda tree: checksum)
+    if changed == "state":
+        bits = state.params["embedding"].view(jnp.uint32).at[3, 5].add(1)
+        state = state._replace(params=state.params | {"embedding": bits.view(jnp.float32)})
+    else:
+        position = {"next_index": 21}
+    with jax.set_mesh(mesh_of(1)):
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(20, state, position)
+        checkpoints.close()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"do not match their checksum.* from the beginning"):
+        restore(folder)
+
+
+def test_another_model(copied):
+    with pytest.raises(CheckpointError, match=re.escape(str(copied / "20"))):
+        restore(copied, "muon")
