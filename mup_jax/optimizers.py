@@ -57,8 +57,8 @@ def adamw(
     References:
       Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2017; µP as in [Q].
     """
-    direction = _scaled(optax.scale_by_adam(b1, b2, eps), rules.adam(), shapes)
-    return _optimizer(direction, learning_rate, schedule, weight_decay, shapes)
+    scaled = _adam(b1, b2, eps, shapes, learning_rate)
+    return _optimizer(scaled, schedule, weight_decay, shapes)
 
 
 def muon(
@@ -111,10 +111,11 @@ def muon(
         steps=steps,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    adam = _relative_adam(learning_rate, adam_learning_rate, adam_b1, adam_b2, adam_eps, shapes)
-    hidden = _scaled(direction, rules.muon(), shapes)
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    adam = _adam(adam_b1, adam_b2, adam_eps, shapes, rate)
+    hidden = _scaled(direction, rules.muon(), shapes, learning_rate)
     routed = _route(shapes, hidden=hidden, embedding=adam, readout=adam, vector=adam)
-    return _optimizer(routed, learning_rate, schedule, weight_decay, shapes)
+    return _optimizer(routed, schedule, weight_decay, shapes)
 
 
 def shampoo(
@@ -179,10 +180,11 @@ def shampoo(
         ),
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    adam = _relative_adam(learning_rate, adam_learning_rate, b1, b2, adam_eps, shapes)
-    hidden = _scaled(direction, rules.grafted(rules.adam()), shapes)
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    adam = _adam(b1, b2, adam_eps, shapes, rate)
+    hidden = _scaled(direction, rules.grafted(rules.adam()), shapes, learning_rate)
     routed = _route(shapes, hidden=hidden, embedding=adam, readout=adam, vector=adam)
-    return _optimizer(routed, learning_rate, schedule, weight_decay, shapes)
+    return _optimizer(routed, schedule, weight_decay, shapes)
 
 
 def soap(
@@ -245,13 +247,14 @@ def soap(
             sides=sides,
             weight_dimension_numbers=weight_dimension_numbers,
         )
-        return _scaled(direction, rules.soap(**blocks, sides=sides), shapes)
+        return _scaled(direction, rules.soap(**blocks, sides=sides), shapes, learning_rate)
 
-    adam = _relative_adam(learning_rate, adam_learning_rate, b1, b2, eps, shapes)
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    adam = _adam(b1, b2, eps, shapes, rate)
     width_side = {"embedding": on("out"), "readout": on("in")}
     outer = width_side if adam_learning_rate is None else {"embedding": adam, "readout": adam}
     routed = _route(shapes, hidden=on("both"), **outer, vector=adam)
-    return _optimizer(routed, learning_rate, schedule, weight_decay, shapes)
+    return _optimizer(routed, schedule, weight_decay, shapes)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
@@ -263,24 +266,20 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
 
 
 def _scaled(
-    direction: optax.GradientTransformation, rule: Rule, shapes: PyTree | None
-) -> optax.GradientTransformation:
-    return direction if shapes is None else mup(direction, rule, shapes)
-
-
-def _relative_adam(
-    learning_rate: Scalar,
-    adam_learning_rate: Scalar | None,
-    b1: float,
-    b2: float,
-    eps: float,
+    direction: optax.GradientTransformation,
+    rule: Rule,
     shapes: PyTree | None,
+    learning_rate: Scalar,
 ) -> optax.GradientTransformation:
-    """Adam whose update is scaled so that the common factor η makes it `adam_learning_rate`."""
-    adam = _scaled(optax.scale_by_adam(b1, b2, eps), rules.adam(), shapes)
-    if adam_learning_rate is None:
-        return adam
-    return optax.chain(adam, optax.scale(adam_learning_rate / learning_rate))
+    """The direction times η, by the rule where there are shapes."""
+    scaled = direction if shapes is None else mup(direction, rule, shapes)
+    return optax.chain(scaled, optax.scale(learning_rate))
+
+
+def _adam(
+    b1: float, b2: float, eps: float, shapes: PyTree | None, learning_rate: Scalar
+) -> optax.GradientTransformation:
+    return _scaled(optax.scale_by_adam(b1, b2, eps), rules.adam(), shapes, learning_rate)
 
 
 def _route(
@@ -303,15 +302,13 @@ def _route(
 
 
 def _optimizer(
-    direction: optax.GradientTransformation,
-    learning_rate: Scalar,
+    scaled: optax.GradientTransformation,
     schedule: optax.Schedule | None,
     weight_decay: Scalar,
     shapes: PyTree | None,
 ) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
-        direction,
-        optax.scale(learning_rate),
+        scaled,
         add_independent_weight_decay(weight_decay, shapes),
         optax.scale_by_schedule(schedule or (lambda count: 1.0)),
         optax.scale(-1.0),
