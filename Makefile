@@ -20,10 +20,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mup_jax needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try `make PYTHON=python3.11`")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mup_jax needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try `make PYTHON=python3.11`")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	@echo "installing the pinned packages into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
 
 clean:
 	rm -rf .venv
