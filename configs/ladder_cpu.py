@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = default_ladder()
     config.widths = (24, 48, 72)
     config.depth = 2
-    config.tokens_per_parameter = 5.0
+    config.tokens_per_parameter = 4.0
     config.seeds = (0, 1)
     config.workers = min(os.cpu_count() or 1, 8)
     config.platform = "cpu"

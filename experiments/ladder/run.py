@@ -70,6 +70,7 @@ def _start_worker(platform: str, workdir: str, cores: Any, reports: Any, parent:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Another worker, or the next start, need not compile the same program again.
     jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if platform:
         jax.config.update("jax_platforms", platform)
     if platform == "cpu" and hasattr(os, "sched_setaffinity"):

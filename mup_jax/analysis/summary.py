@@ -138,6 +138,11 @@ def _optimizer(by_rung: dict[str, Any], base_rung: str) -> dict[str, Any]:
         for rung, lines in chosen.items()
     }
     base_changes = changes.get(base_rung)
+    # A run that diverged ended early: its time says nothing.
+    timed = {
+        rung: [x for x in lines if x["validation_loss"] is not None]
+        for rung, lines in chosen.items()
+    }
     return {
         "best_learning_rate": {rung: rate for rung, rate in best.items() if rate is not None},
         "final_loss": {
@@ -165,13 +170,15 @@ def _optimizer(by_rung: dict[str, Any], base_rung: str) -> dict[str, Any]:
         },
         "optimizer_seconds_share": {
             rung: _mean(x["seconds"]["optimizer_share"] for x in lines)
-            for rung, lines in chosen.items()
+            for rung, lines in timed.items()
+            if lines
         },
         "steps_per_second": {
             rung: _mean(
                 x["steps"] / (x["seconds"]["total"] - x["seconds"]["compile"]) for x in lines
             )
-            for rung, lines in chosen.items()
+            for rung, lines in timed.items()
+            if lines
         },
     }
 

@@ -99,13 +99,13 @@ def check_optimizer(name: str, options: Any) -> None:
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     known = [k for k in inspect.signature(OPTIMIZERS[name]).parameters if k not in _SET_BY_TRAINER]
-    check_known(options, known, f"options of {name}")
+    check_known(options, known, f"{name}.options")
     matrix = {"w": jax.ShapeDtypeStruct((2, 2), "float32")}
     try:
         optimizer = OPTIMIZERS[name](1.0, **options)
         jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), matrix)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"options of {name}: {error}") from error
+        raise ValueError(f"{name}.options: {error}") from error
 
 
 def validate(config: ConfigDict) -> None:

@@ -42,10 +42,18 @@ class MetricsWriter:
       path: the file. Lines of steps after `last_step`, written by an interrupted run beyond the
         checkpoint from which this one goes on, are dropped.
       last_step: the step of that checkpoint, 0 for a new run.
+
+    Raises:
+      ValueError: steps before the checkpoint are missing from the file.
     """
 
     def __init__(self, path: Path, last_step: int):
         self.lines = [line for line in read_lines(path) if line["step"] <= last_step]
+        if len(self.lines) != last_step:
+            raise ValueError(
+                f"{path} has {len(self.lines)} of the {last_step} steps before the checkpoint: put "
+                "the file back, or delete the run's folder to begin again"
+            )
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = path.open("a")
         self._pending: deque[dict[str, Any]] = deque()

@@ -5,6 +5,7 @@ All functions act on the last two axes and broadcast over the ones before.
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -39,6 +40,28 @@ _POLAR_EXPRESS = (
 )
 # Singular values that rounding lifts above 1 would leave the interval of convergence.
 _POLAR_EXPRESS_SAFETY = 1.01
+
+
+def _several_cpu_devices() -> bool:
+    flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    return flag or jax.config.read("jax_num_cpu_devices") > 1
+
+
+def _factorize(factorization: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """A factorization of matrices `(..., m, n)`.
+
+    With several CPU devices in a process (as in tests) the devices' batched LAPACK calls wait for
+    one thread pool, and for each other for ever; a call with one matrix does not use the pool.
+    """
+    if not _several_cpu_devices() or x.ndim == 2:
+        return factorization(x)
+    flat = jax.lax.map(factorization, x.reshape(-1, *x.shape[-2:]))
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), flat)
+
+
+_eigh = functools.partial(_factorize, jnp.linalg.eigh)
+_qr = functools.partial(_factorize, jnp.linalg.qr)
+_svd = functools.partial(_factorize, functools.partial(jnp.linalg.svd, full_matrices=False))
 
 
 def batch_by_shape(function: Callable[..., jax.Array], *trees: Any) -> Any:
@@ -97,7 +120,7 @@ def orthogonalize(
         raise ValueError(f"steps={steps}: give at least one step")
     x = x.astype(jnp.float32)
     if method == "svd":
-        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+        u, s, vt = _svd(x)
         # Noise would come out as large as the rest.
         nonzero = (s > ROUNDING * s[..., :1]) & (s > FLOOR)
         return matmul(u * nonzero[..., None, :], vt)
@@ -130,7 +153,7 @@ def inverse_root(
     Returns:
       `(..., d, d)` in float32. A zero matrix, whose root says nothing, gives zero.
     """
-    eigenvalues, vectors = jnp.linalg.eigh(statistics)
+    eigenvalues, vectors = _eigh(statistics)
     ridge = eps * eigenvalues[..., -1:] if relative_eps else eps
     # Rounding leaves eigenvalues of a semidefinite matrix slightly below zero.
     roots = (jnp.maximum(eigenvalues, 0.0) + jnp.maximum(ridge, FLOOR)) ** -exponent
@@ -140,7 +163,7 @@ def inverse_root(
 
 def eigenbasis(statistics: jax.Array) -> jax.Array:
     """Eigenvectors, as columns in descending order of eigenvalue, of symmetric `(..., d, d)`."""
-    _, vectors = jnp.linalg.eigh(statistics)
+    _, vectors = _eigh(statistics)
     return vectors[..., ::-1]
 
 
@@ -160,4 +183,4 @@ def refine_eigenbasis(statistics: jax.Array, basis: jax.Array) -> jax.Array:
     product = jnp.take_along_axis(product, order[..., None, :], axis=-1)
     # A zero statistic would leave QR without a direction.
     alive = jnp.max(rayleigh, axis=-1)[..., None, None] > FLOOR
-    return jnp.linalg.qr(jnp.where(alive, product, basis))[0]
+    return _qr(jnp.where(alive, product, basis))[0]

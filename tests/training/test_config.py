@@ -50,20 +50,20 @@ def test_valid(name):
         ),
         (
             changed(optimizer__options=ConfigDict({"b3": 0.9})),
-            r"options of adamw\.b3: known are b1, b2, eps",
+            r"adamw\.options\.b3: known are b1, b2, eps",
         ),
         (
             # The trainer sets it: it cannot be set a second time.
             changed(optimizer__options=ConfigDict({"learning_rate": 0.1})),
-            r"options of adamw\.learning_rate: known are b1, b2, eps",
+            r"adamw\.options\.learning_rate: known are b1, b2, eps",
         ),
         (
             changed(optimizer__name="muon", optimizer__options=ConfigDict({"steps": 0})),
-            "options of muon: steps=0",
+            r"muon\.options: steps=0",
         ),
         (
             changed(optimizer__name="soap", optimizer__options=ConfigDict({"block_size": "8"})),
-            "options of soap: ",
+            r"soap\.options: ",
         ),
         (changed(model__width=20), "width=20 is not a multiple of head_dim=8: choose width 16 or"),
         (changed(base__width=20), "width=20 is not a multiple of head_dim=8"),

@@ -83,7 +83,9 @@ def test_torn_last_line(path):
     for length in range(complete, len(text)):
         path.write_text(text[:length])
         assert steps_in(path) == [1, 2]
-    writer = MetricsWriter(path, last_step=3)
+    with pytest.raises(ValueError, match="has 2 of the 3 steps"):
+        MetricsWriter(path, last_step=3)
+    writer = MetricsWriter(path, last_step=2)
     writer.add(3, loss=3.0)
     writer.close()
     assert path.read_text() == text
