@@ -44,7 +44,7 @@ _POLAR_EXPRESS_SAFETY = 1.01
 
 def _several_cpu_devices() -> bool:
     flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    return flag or jax.config.read("jax_num_cpu_devices") > 1
+    return flag or jax.config.values["jax_num_cpu_devices"] > 1
 
 
 def _factorize(factorization: Callable[[jax.Array], Any], x: jax.Array) -> Any:
