@@ -51,6 +51,9 @@ def run(
             main(flags.FLAGS)
         except (OSError, ValueError) as error:
             _fail(_one_line(error))
+        except KeyboardInterrupt:
+            print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
 
     app.run(guarded, flags_parser=parse)
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -67,6 +68,7 @@ def run_ladder(ladder: Ladder, workdir: Path) -> None:
 def _start_worker(platform: str, workdir: str, cores: Any, reports: Any, parent: int) -> None:
     global _reports
     _reports = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Another worker, or the next start, need not compile the same program again.
     jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
