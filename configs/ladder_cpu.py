@@ -1,6 +1,9 @@
 """A ladder of three Llamas on the standard library's source, minutes on two CPU cores.
 
-python -m experiments.scale_ladder --config=configs/ladder_cpu.py --workdir=runs/ladder_cpu
+    python -m experiments.scale_ladder --config=configs/ladder_cpu.py --workdir=runs/ladder_cpu
+
+Expected (results/ladder_cpu, Python 3.11's library): validation losses of 2.50, 2.08, 1.72 with
+AdamW, 2.35, 1.78, 1.49 with Muon, 2.32, 1.81, 1.53 with Shampoo² and 2.32, 1.80, 1.55 with SOAP.
 """
 
 import os

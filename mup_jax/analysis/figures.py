@@ -97,7 +97,7 @@ def _multiplier_vs_compute(report: Mapping[str, Any]) -> Figure:
     }
     axes.plot([], [], label="extrapolated", **hollow)
     _log_axes(axes, compute)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(others) + 1)
     return figure
 
 
