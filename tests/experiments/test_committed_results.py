@@ -1,0 +1,37 @@
+"""The results in the repository are what their command gives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mup_jax import data
+
+RESULTS = Path("results/ladder_cpu/results.jsonl")
+# In a process of its own: the tests' eight devices would not divide the ladder's batch.
+TRAIN = """
+import json, sys
+from ml_collections import ConfigDict
+from mup_jax.training import train
+print(train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])["validation_loss"])
+"""
+
+
+def lines_at_the_base():
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return [line for line in lines if line["rung"] == "w24" and line["seed"] == 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap"])
+def test_the_ladders_base_cells_are_reproduced(name, tmp_path):
+    lines = [line for line in lines_at_the_base() if line["optimizer"] == name]
+    line = min(lines, key=lambda line: line["validation_loss"])
+    if data.load("stdlib", "char").fingerprint != line["corpus"]["fingerprint"]:
+        pytest.skip("this Python's standard library is not the one that the results are of")
+    command = [sys.executable, "-c", TRAIN, json.dumps(line["config"]), str(tmp_path / "run")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Another processor adds in another order, which training amplifies to the noise of a seed.
+    assert float(output) == pytest.approx(line["validation_loss"], rel=0.03)
