@@ -66,6 +66,11 @@ def default_ladder() -> ConfigDict:
     )
 
 
+def rung_name(width: int) -> str:
+    """The rungs of a ladder differ in width alone."""
+    return f"w{width}"
+
+
 class Ladder:
     """The rungs and cells of a configuration.
 
@@ -163,7 +168,9 @@ class Ladder:
         config.tokens = int(self.config.tokens_per_parameter * parameters)
         steps = config_lib.steps_of(config)
         flops = 3 * forward_flops_per_token(model, config.context) * steps * per_step
-        return Rung(f"w{width}", width, self.config.depth, parameters, config.tokens, steps, flops)
+        return Rung(
+            rung_name(width), width, self.config.depth, parameters, config.tokens, steps, flops
+        )
 
 
 def describe(ladder: Ladder) -> str:

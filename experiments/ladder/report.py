@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from experiments.ladder.plan import rung_name
 from experiments.ladder.schedule import Results
 from mup_jax import analysis
 from mup_jax.analysis import figures
@@ -15,7 +16,7 @@ def write_report(results: Results, workdir: Path) -> str:
     Raises:
       ValueError: no cell has finished.
     """
-    lines = [{"cell": name, "rung": f"w{r['width']}", **r} for name, r in results.items()]
+    lines = [{"cell": name, "rung": rung_name(r["width"]), **r} for name, r in results.items()]
     order = ("parameters", "optimizer", "learning_rate", "seed")
     lines.sort(key=lambda line: [line[key] for key in order])
     write_atomically(workdir / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -40,7 +40,7 @@ class Blocking:
     preconditioner and is not cut.
 
     Raises:
-      ValueError: an option is out of range, or no side of a matrix is left.
+      ValueError: an option is out of range; from `pieces`, `split` and `merge`, no side is left.
     """
 
     block_size: int | None
