@@ -4,7 +4,17 @@ This package needs jax and optax only; the trainer (`mup_jax.training`, `mup_jax
 `mup_jax.data`) is imported on its own and needs the `train` extra.
 """
 
-from mup_jax.optimizers import adamw, muon, shampoo, soap
+from mup_jax.optimizers import (
+    adamuon,
+    adamw,
+    adopt,
+    lamb,
+    lion,
+    muon,
+    shampoo,
+    soap,
+    sophia,
+)
 from mup_jax.transfer import (
     ParamShape,
     PowerLaw,
@@ -14,22 +24,40 @@ from mup_jax.transfer import (
     mup,
     rules,
 )
-from mup_jax.transforms import graft, scale_by_muon, scale_by_shampoo, scale_by_soap
+from mup_jax.transforms import (
+    graft,
+    normalize_rms,
+    normalize_spectral_norm,
+    scale_by_adamuon,
+    scale_by_muon,
+    scale_by_shampoo,
+    scale_by_soap,
+    scale_by_sophia_g,
+)
 
 __all__ = [
     "ParamShape",
     "PowerLaw",
     "Rule",
+    "adamuon",
     "adamw",
     "add_independent_weight_decay",
+    "adopt",
     "graft",
     "infer_shapes",
+    "lamb",
+    "lion",
     "muon",
     "mup",
+    "normalize_rms",
+    "normalize_spectral_norm",
     "rules",
+    "scale_by_adamuon",
     "scale_by_muon",
     "scale_by_shampoo",
     "scale_by_soap",
+    "scale_by_sophia_g",
     "shampoo",
     "soap",
+    "sophia",
 ]

@@ -2,16 +2,20 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import mup_jax
 from mup_jax import infer_shapes, rules
 from mup_jax.optimizers import OPTIMIZERS
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 # Square, as what rounding leaves in a null space is noise.
 BASE, WIDTH, VOCABULARY = 8, 16, 16
@@ -32,9 +36,24 @@ PARAMS = params_of(WIDTH)
 SHAPES = infer_shapes(params_of(BASE), PARAMS, depth_ratio=3.0)
 
 
+ROUTED = [
+    name
+    for name, make in OPTIMIZERS.items()
+    if "adam_learning_rate" in inspect.signature(make).parameters
+]
+ELEMENTWISE = [name for name in OPTIMIZERS if name not in ROUTED]
 # What makes them quick to compile.
-OPTIONS = {name: {} for name in OPTIMIZERS} | {"muon": {"orthogonalizer": "svd"}}
+EXACT = {"orthogonalizer": "svd"}
+OPTIONS = {name: EXACT if name in ("adamuon", "muon") else {} for name in OPTIMIZERS}
 SCHEDULE = (1.0, 0.0, 0.5)
+
+
+def loss(params):
+    """Separable, so that Hutchinson's estimate of the curvature is exact: p²."""
+    return sum(jnp.sum(p**4) / 12 for p in jax.tree.leaves(params))
+
+
+EXTRA = {name: {} for name in OPTIMIZERS} | {"sophia": {"obj_fn": loss}}
 
 
 def gradients():
@@ -43,11 +62,13 @@ def gradients():
         yield {key: jnp.float32(rng.normal(size=p.shape)) for key, p in PARAMS.items()}
 
 
-def run(transformation, scale=1.0):
-    state, update = transformation.init(PARAMS), jax.jit(transformation.update)
+def run(transformation, scale=1.0, **extra_args):
+    transformation = optax.with_extra_args_support(transformation)
+    state = transformation.init(PARAMS)
+    update = jax.jit(lambda g, state: transformation.update(g, state, PARAMS, **extra_args))
     updates = []
     for gradient in gradients():
-        u, state = update(gradient, state, PARAMS)
+        u, state = update(gradient, state)
         updates.append(jax.tree.map(lambda x: scale * x, u))
     return updates
 
@@ -64,7 +85,8 @@ def compiled(name, with_shapes):
             **hyperparameters,
         )
 
-    return build, jax.jit(lambda g, state, hyper: build(hyper).update(g, state, PARAMS))
+    step = lambda g, state, hyper: build(hyper).update(g, state, PARAMS, **EXTRA[name])
+    return build, jax.jit(step)
 
 
 @functools.cache
@@ -96,8 +118,10 @@ def test_signature(name):
     assert defaults == [None, 0.0, None]
     kinds = {p.kind for key, p in parameters.items() if key != "learning_rate"}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
-    documented = inspect.getdoc(optimizer)
-    assert all(f"{key}:" in documented for key in parameters)
+    arguments = re.search(r"Args:\n(.*?)\n\n", inspect.getdoc(optimizer), re.DOTALL)[1]
+    # One or more names before each colon, where nothing is indented further.
+    documented = re.findall(r"^  (\w[^:]*):", arguments, re.MULTILINE)
+    assert sorted(re.findall(r"\w+", " ".join(documented))) == sorted(parameters)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -111,14 +135,21 @@ def test_updates_are_minus_schedule_times_learning_rate_and_decay(name, with_sha
             decay = 0.0 if key == "gain" else 0.3 / width_ratio
             want = 2 * before[key] - s * decay * w
             np.testing.assert_allclose(u[key], want, rtol=1e-4, atol=1e-6)
-            assert np.any(u[key]) == (s > 0)
+    # ADOPT's first gradient is for the second moment alone.
+    moves = [np.any(u["gain"]) for u in got]
+    assert moves == [name != "adopt", False, True]
 
 
 @functools.cache
 def first_step(name):
     """The first updates by the defaults."""
-    optimizer = OPTIMIZERS[name](0.1, shapes=SHAPES, **OPTIONS[name])
-    return jax.jit(optimizer.update)(next(gradients()), optimizer.init(PARAMS), PARAMS)[0]
+    return step_once(OPTIMIZERS[name](0.1, shapes=SHAPES, **OPTIONS[name]), **EXTRA[name])
+
+
+def step_once(optimizer, state=None, **extra_args):
+    state = optimizer.init(PARAMS) if state is None else state
+    update = jax.jit(lambda g, state: optimizer.update(g, state, PARAMS, **extra_args)[0])
+    return update(next(gradients()), state)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -128,12 +159,17 @@ def test_injected_hyperparameters(name):
     optimizer = injected(learning_rate=0.0, shapes=SHAPES, **OPTIONS[name])
     state = optimizer.init(PARAMS)
     state.hyperparams["learning_rate"] = jnp.float32(0.1)
-    got, _ = jax.jit(optimizer.update)(next(gradients()), state, PARAMS)
-    assert_trees_close(got, first_step(name))
+    assert_trees_close(step_once(optimizer, state, **EXTRA[name]), first_step(name))
 
 
-ROUTED = [name for name in OPTIMIZERS if name != "adamw"]
-ADAM_ARGUMENTS = {"muon": (0.8, 0.98), "shampoo": (0.95, 0.98), "soap": (0.9, 0.98)}
+# Those that prefer hidden matrices
+
+ADAM_ARGUMENTS = {
+    "adamuon": (0.8, 0.98),
+    "muon": (0.8, 0.98),
+    "shampoo": (0.95, 0.98),
+    "soap": (0.9, 0.98),
+}
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -156,7 +192,7 @@ def test_adam_has_what_is_not_hidden_at_its_own_learning_rate(name, with_shapes)
                 assert s == 0 or gap > 0.1 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("name", ["muon", "shampoo"])
+@pytest.mark.parametrize("name", [name for name in ROUTED if name != "soap"])
 def test_adam_has_the_common_learning_rate_by_default(name):
     assert_trees_close(first_step(name), run_named(name, True)[0])
 
@@ -171,6 +207,7 @@ def test_soap_has_the_width_side_of_embedding_and_readout_by_default():
 
 
 DIRECTIONS = {
+    "adamuon": (mup_jax.scale_by_adamuon(orthogonalizer="svd"), rules.adamuon()),
     "muon": (mup_jax.scale_by_muon(orthogonalizer="svd"), rules.muon()),
     "shampoo": (
         mup_jax.graft(optax.scale_by_adam(0.95, 0.98), mup_jax.scale_by_shampoo(0.95, 0.98)),
@@ -190,13 +227,187 @@ def test_hidden_matrices_get_the_direction_by_its_rule(name):
         assert np.linalg.norm(got["hidden"] - want) <= 2e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("with_shapes", [False, True])
+def test_spectral_normalization_of_the_direction_needs_no_rule(name, with_shapes):
+    shapes = SHAPES if with_shapes else None
+    make = functools.partial(OPTIMIZERS[name], 0.1, shapes=shapes, **OPTIONS[name])
+    got, plain = step_once(make(spectral_norm=True)), step_once(make())
+    normalize = mup_jax.normalize_spectral_norm()
+    on_spectral = {"hidden"} if with_shapes else {"embed", "hidden", "head"}
+    on_spectral |= {"head"} if name == "soap" else set()
+    for key in PARAMS:
+        want = plain[key]
+        if key in on_spectral:
+            want, _ = normalize.update(plain[key], normalize.init(PARAMS[key]))
+            want = 0.1 * want
+        elif key == "embed" and name == "soap":
+            want = 0.1 * want / jnp.sqrt(jnp.mean(jnp.square(want)))
+        assert np.linalg.norm(got[key] - want) <= 2e-3 * np.linalg.norm(want)
+
+
+def test_soap_with_adam_normalizes_hidden_matrices_only():
+    make = functools.partial(mup_jax.soap, 0.1, shapes=SHAPES, adam_learning_rate=0.3)
+    got, plain = step_once(make(spectral_norm=True)), step_once(make())
+    same = {key: bool(np.all(got[key] == plain[key])) for key in PARAMS}
+    assert same == {"embed": True, "head": True, "gain": True, "hidden": False}
+
+
+# Those that treat all parameters alike
+
+GAMMA = 100.0  # at which some entries are clipped and others not
+BY_EPSILON = {
+    "adamw": lambda e: optax.scale_by_adam(0.9, 0.98, eps=e),
+    "adopt": lambda e: optax.contrib.scale_by_adopt(eps=e),
+    "lamb": lambda e: optax.chain(
+        optax.scale_by_adam(0.9, 0.999, eps=e), optax.scale_by_trust_ratio()
+    ),
+    "lion": lambda e: optax.scale_by_lion(),
+    "sophia": lambda e: optax.contrib.sophia(
+        -1.0, 0.96, 0.99, eps=e, gamma=GAMMA / e, weight_decay=0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_every_parameter_gets_the_direction_by_its_rule(name):
+    """With ε, and Sophia's γ, in the units of each parameter's gradient."""
+    options = {} if name == "lion" else {"eps": 1.0}
+    options |= {"gamma": GAMMA} if name == "sophia" else {}
+    got = run(OPTIMIZERS[name](0.1, shapes=SHAPES, **options), **EXTRA[name])
+    rule = getattr(rules, {"adamw": "adam"}.get(name, name))()
+    for key, shape in SHAPES.items():
+        want = run(BY_EPSILON[name](rule.epsilon(shape)), **EXTRA[name])
+        for u, direction in zip(got, want, strict=True):
+            expected = -0.1 * rule.learning_rate(shape) * direction[key]
+            np.testing.assert_allclose(u[key], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sophia_g_gets_the_same_gamma():
+    logits_fn = lambda p: p["embed"] @ (p["hidden"] * p["gain"]) @ p["head"]
+    extra_args = {"logits_fn": logits_fn}
+    sophia = mup_jax.sophia(0.1, shapes=SHAPES, curvature="gnb", gamma=GAMMA, eps=1e-3, seed=3)
+    got = run(sophia, **extra_args)
+    for key, shape in SHAPES.items():
+        e = rules.sophia().epsilon(shape)
+        plain = mup_jax.scale_by_sophia_g(gamma=GAMMA / e, eps=1e-3 * e, seed=3)
+        want = run(plain, -0.1 * rules.sophia().learning_rate(shape), **extra_args)
+        for u, expected in zip(got, want, strict=True):
+            np.testing.assert_allclose(u[key], expected[key], rtol=1e-3, atol=1e-6)
+
+
+def clipped_by_sophia(width, vocabulary=32, batch=256):
+    """The fraction of clipped entries of the hidden matrix of a small network, after 20 steps."""
+    rng = np.random.default_rng(width)
+
+    def params_of(width):
+        normal = lambda *shape: jnp.float32(rng.normal(size=shape))
+        return {
+            "embed": 0.5 * normal(vocabulary, width),
+            "hidden": normal(width, width) / width**0.5,
+            "head": normal(width, vocabulary) / width,
+        }
+
+    params = params_of(width)
+    shapes = infer_shapes(params_of(16), params)
+    sophia = mup_jax.sophia(
+        1e-3, shapes=shapes, curvature="gnb", gamma=20.0, b2=0.9, update_interval=2
+    )
+    next_token = jnp.array(rng.integers(vocabulary, size=vocabulary))
+
+    @jax.jit
+    def step(params, state, x):
+        model = lambda p: jax.nn.gelu(jax.nn.gelu(p["embed"][x]) @ p["hidden"]) @ p["head"]
+        loss = lambda p: cross_entropy(model(p), next_token[x]).mean()
+        u, state = sophia.update(jax.grad(loss)(params), state, params, logits_fn=model)
+        return optax.apply_updates(params, u), state, u
+
+    state = sophia.init(params)
+    for _ in range(20):
+        params, state, u = step(params, state, rng.integers(vocabulary, size=batch))
+    return np.mean(np.abs(u["hidden"]) > 0.999 * np.abs(u["hidden"]).max())
+
+
+def test_sophia_clips_as_many_entries_at_every_width():
+    few, many = clipped_by_sophia(32), clipped_by_sophia(256)
+    # With one γ for all widths it would be three quarters and then all of them.
+    assert 0.2 < few < 0.5
+    assert many == pytest.approx(few, abs=0.1)
+
+
+def test_sophia_says_what_it_lacks():
+    with pytest.raises(ValueError, match="curvature='fisher'"):
+        mup_jax.sophia(0.1, curvature="fisher")
+    for curvature, name in {"hutchinson": "obj_fn", "gnb": "logits_fn"}.items():
+        for shapes in (None, SHAPES):
+            with pytest.raises(ValueError, match=name):
+                run(mup_jax.sophia(0.1, curvature=curvature, shapes=shapes))
+
+
+def test_lamb_has_a_trust_ratio_for_each_matrix_of_a_stack():
+    rng = np.random.default_rng(0)
+    w = np.float32(rng.normal(size=(3, 4, 5)) * [[[1.0]], [[10.0]], [[0.0]]])
+    g = np.float32(rng.normal(size=(3, 4, 5)))
+    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+    lamb = mup_jax.lamb(0.1, weight_dimension_numbers=numbers)
+    got, _ = lamb.update(g, lamb.init(w), w)
+    for layer in range(3):
+        alone = optax.lamb(0.1)
+        want, _ = alone.update(g[layer], alone.init(w[layer]), w[layer])
+        np.testing.assert_allclose(got[layer], want, rtol=1e-4)
+    with pytest.raises(ValueError, match="trust ratios need the parameters"):
+        lamb.update(g, lamb.init(w))
+    with pytest.raises(ValueError, match="weight_dimension_numbers"):
+        mup_jax.lamb(0.1).update(g, lamb.init(w), w)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("spec", [(None, "data", "model"), ("data", None, "model")])
+def test_lamb_of_sharded_stacks(kind, spec):
+    rng = np.random.default_rng(0)
+    w, g = np.float32(rng.normal(size=(2, 4, 8, 6)))
+    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+    lamb = mup_jax.lamb(0.1, weight_dimension_numbers=numbers)
+    step = jax.jit(lambda g, w: lamb.update(g, lamb.init(w), w)[0])
+    want = step(g, w)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        got = step(*jax.device_put((g, w), jax.NamedSharding(mesh, jax.P(*spec))))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert got.sharding.spec == jax.P(*spec)
+
+
 # Where Optax has the optimizer
 
 
-def test_adamw_without_decay_is_optax_adam():
-    adam = run(optax.scale_by_adam(0.9, 0.98, eps=1e-8), -0.1)
-    want = [jax.tree.map(lambda x, s=s: s * x, u) for s, u in zip(SCHEDULE, adam, strict=True)]
-    assert_trees_close(run_named("adamw", False), want, 1e-5)
+OF_OPTAX = {
+    "adamw": functools.partial(optax.adamw, b2=0.98, weight_decay=0.0),
+    "adopt": optax.contrib.adopt,
+    "lamb": optax.lamb,
+    "lion": functools.partial(optax.lion, weight_decay=0.0),
+    "sophia": functools.partial(optax.contrib.sophia, b1=0.96, eps=1e-12, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_trajectories_are_those_of_optax(name):
+    ours, theirs = OPTIMIZERS[name](0.03), OF_OPTAX[name](0.03)
+
+    def train(optimizer):
+        @jax.jit
+        def step(params, state):
+            gradient = jax.grad(loss)(params)
+            u, state = optimizer.update(gradient, state, params, **EXTRA[name])
+            return optax.apply_updates(params, u), state
+
+        # A readout begins at zero.
+        params = PARAMS | {"head": jnp.zeros_like(PARAMS["head"])}
+        state = optimizer.init(params)
+        for _ in range(12):
+            params, state = step(params, state)
+        return params
+
+    assert_trees_close(train(ours), train(optax.with_extra_args_support(theirs)), 1e-5)
 
 
 def test_muon_is_that_of_optax():

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from mup_jax.transforms.platforms import use_paths_of
+
 # Multiples of d³ for a d x d matrix, of m·n² for m x n with n <= m (Golub and Van Loan, Matrix
 # Computations, 4th ed., sections 4.2, 5.2, 8.3 and 8.6).
 _FACTORIZATIONS = {"eigh": 11.0, "svd": 22.0, "geqrf": 4 / 3, "qr": 8 / 3, "cholesky": 1 / 3}
@@ -21,8 +23,10 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
 
     Of the branches of a conditional the cheapest nonempty one counts: an optimizer's refresh of a
     part of its blocks, rather than the first step's refresh of all. A `while` loop counts once.
+    Work that is divided over a mesh counts on all its devices, on the default backend's path.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    with use_paths_of(jax.default_backend()):
+        return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _count(jaxpr: Jaxpr) -> float:
@@ -50,4 +54,5 @@ def _count_equation(equation: Any) -> float:
         for value in (parameter if isinstance(parameter, (tuple, list)) else [parameter])
         if isinstance(value, (ClosedJaxpr, Jaxpr))
     ]
-    return sum(inner) * (params["length"] if name == "scan" else 1)
+    times = {"scan": params.get("length"), "shard_map": getattr(params.get("mesh"), "size", None)}
+    return sum(inner) * (times.get(name) or 1)

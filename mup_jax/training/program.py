@@ -5,6 +5,7 @@ compiles once.
 """
 
 import functools
+import inspect
 import json
 from typing import Any, NamedTuple
 
@@ -82,7 +83,6 @@ class Program:
             depth_ratio=self.model.depth / base.depth,
             roles=roles,
         )
-        self.init = jax.jit(self._init, out_shardings=self.replicated)
         self.loss_and_gradient = jax.jit(jax.value_and_grad(self._loss))
         self.evaluate = jax.jit(self._evaluate)
         self.features = jax.jit(lambda params, inputs: self._merge(params).features(inputs))
@@ -98,11 +98,21 @@ class Program:
         return jax.jit(self._step, donate_argnums=0).lower(*arguments).compile()
 
     @functools.cached_property
+    def init(self) -> Any:
+        """`seed -> state`."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(self._init, out_shardings=shardings)
+
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
-        state = jax.eval_shape(self._init, 0)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), state
-        )
+        """Parameters are replicated; the optimizer divides its state as it wants it."""
+        mesh = jax.sharding.get_mesh()
+
+        def placed(x: Any) -> jax.ShapeDtypeStruct:
+            spec = PartitionSpec() if x.sharding is None else x.sharding.spec
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, jax.eval_shape(self._init, 0))
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -130,7 +140,7 @@ class Program:
         config = self.config.optimizer
         make = OPTIMIZERS[config.name]
         options = dict(config.options)
-        if config.name != "adamw":
+        if "weight_dimension_numbers" in inspect.signature(make).parameters:
             options["weight_dimension_numbers"] = _WEIGHT_DIMENSION_NUMBERS
         optimizer = make(
             hyperparameters.learning_rate,

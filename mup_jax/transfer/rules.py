@@ -45,12 +45,14 @@ class Rule:
       name: of the optimizer.
       learning_rate_law: of η.
       epsilon_law: of an absolute ε.
+      readout_learning_rate_law: of η at readouts; None where they are as the others.
       homogeneity: h, where the optimizer without ε maps c·G to c^h times its update of G; of a
         matrix with both sides preconditioned.
       learning_rate_per_side: factor of η for each preconditioned side.
       epsilon_per_side: likewise of ε.
       homogeneity_per_side: what one preconditioned side contributes to h.
-      epsilon_degree: the power of the gradient that ε is compared with; 0 where ε needs no rule.
+      epsilon_degree: the power of the gradient that ε is compared with; 0 where ε needs no rule, or
+        is not compared with the gradient.
       blocking: which sides have a preconditioner, in which blocks.
       source: of the rule.
     """
@@ -58,6 +60,7 @@ class Rule:
     name: str
     learning_rate_law: PowerLaw
     epsilon_law: PowerLaw = PowerLaw()
+    readout_learning_rate_law: PowerLaw | None = None
     homogeneity: float = 0.0
     learning_rate_per_side: PowerLaw = PowerLaw()
     epsilon_per_side: PowerLaw = PowerLaw()
@@ -68,7 +71,10 @@ class Rule:
 
     def learning_rate(self, shape: ParamShape) -> float:
         """The factor of η for a parameter."""
-        return self._factor(self.learning_rate_law, self.learning_rate_per_side, shape)
+        law = self.learning_rate_law
+        if shape.role == "readout" and self.readout_learning_rate_law is not None:
+            law = self.readout_learning_rate_law
+        return self._factor(law, self.learning_rate_per_side, shape)
 
     def epsilon(self, shape: ParamShape) -> float:
         """The factor of an absolute ε for a parameter."""
@@ -107,14 +113,72 @@ class Rule:
         return factor
 
 
+def sgd() -> Rule:
+    """SGD, with or without momentum: η ∝ L·d_out/d_in."""
+    return Rule("sgd", PowerLaw(d_in=-1, d_out=1, depth=1), homogeneity=1.0, epsilon_degree=0)
+
+
 def adam() -> Rule:
     """Adam, AdamW: η ∝ 1/d_in, ε ∝ 1/(L·d_out)."""
     return Rule("adam", PowerLaw(d_in=-1), PowerLaw(d_out=-1, depth=-1))
 
 
+def adopt() -> Rule:
+    """ADOPT: as Adam."""
+    return replace(adam(), name="adopt")
+
+
+def lion() -> Rule:
+    """Lion: as Adam; it has no ε."""
+    return replace(adam(), name="lion")
+
+
+def sophia() -> Rule:
+    """Sophia: as Adam where updates are clipped.
+
+    [G] has it without depth. The fraction that is clipped stays what it is if γ ∝ L·d_out; see
+    `mup_jax.sophia`.
+    """
+    return replace(adam(), name="sophia", source="[G]")
+
+
+def lamb(*, hidden_exponent: float = -0.5) -> Rule:
+    """LAMB: η ∝ d_in^hidden_exponent, but constant at readouts; ε as Adam.
+
+    Adam's update wants 1/d_in, of which the trust ratio ‖W‖_F/‖r‖_F has 1/√d_in in hidden matrices,
+    and all of it in readouts whose entries are ∝ 1/d_in or begin at zero. [G] takes ‖W‖_F to be
+    ∝ ‖W‖₂, which it is not in random matrices, and so has η constant: `hidden_exponent=0`.
+
+    Args:
+      hidden_exponent: of the fan-in; that of embeddings is fixed.
+    """
+    return Rule(
+        "lamb",
+        PowerLaw(d_in=hidden_exponent),
+        adam().epsilon_law,
+        readout_learning_rate_law=PowerLaw(),
+        source="measured; [G]",
+    )
+
+
 def muon() -> Rule:
     """Muon without shape factor: η ∝ √(d_out/d_in), ε ∝ √(d_in/d_out)/L."""
     return Rule("muon", PowerLaw(d_in=-0.5, d_out=0.5), PowerLaw(d_in=0.5, d_out=-0.5, depth=-1))
+
+
+def adamuon() -> Rule:
+    """AdaMuon: η ∝ 1/d_in, ε ∝ 1/√(d_in·d_out).
+
+    That ε is compared with the orthogonalized momentum, which the size of the gradient does not
+    change: `mup` leaves it alone.
+    """
+    return Rule(
+        "adamuon",
+        PowerLaw(d_in=-1),
+        PowerLaw(d_in=-0.5, d_out=-0.5),
+        epsilon_degree=0,
+        source="[Q]",
+    )
 
 
 def shampoo(
@@ -170,3 +234,23 @@ def soap(
 def grafted(magnitude_rule: Rule) -> Rule:
     """Q1#Q2: the rule of Q1, whose update sets the size."""
     return replace(magnitude_rule, name=f"{magnitude_rule.name}#", source="[Q]")
+
+
+def spectrally_normalized(inner: Rule | None = None) -> Rule:
+    """A direction followed by `normalize_spectral_norm`: η is constant, ε as without.
+
+    Args:
+      inner: rule of the direction; None for one whose ε needs no rule.
+    """
+    if inner is None:
+        return Rule("spectrally normalized", PowerLaw(), epsilon_degree=0, source="[Q]")
+    return replace(
+        inner,
+        name=f"spectrally normalized {inner.name}",
+        learning_rate_law=PowerLaw(),
+        readout_learning_rate_law=None,
+        learning_rate_per_side=PowerLaw(),
+        homogeneity=0.0,
+        homogeneity_per_side=0.0,
+        source="[Q]",
+    )

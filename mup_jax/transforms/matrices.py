@@ -1,9 +1,4 @@
-"""Arrays of any rank as stacks of matrices, and leaves of equal shape as one array.
-
-Every matrix transformation works on *groups*: all leaves of a tree whose matrices have the same
-shape are stacked on a new leading axis, so that a program grows with the number of different
-shapes and not with the number of leaves or layers.
-"""
+"""Arrays of any rank as stacks of matrices."""
 
 import math
 from collections.abc import Callable
@@ -30,11 +25,12 @@ _PARTITION_HINT = (
 def map_static(function: Callable, static: PyTree, tree: PyTree, is_leaf: Callable) -> PyTree:
     """Maps over `tree` beside a tree of static values of the same structure.
 
-    Subtrees that a mask removed (`optax.MaskedNode`) are passed through.
+    Subtrees that a mask removed (`optax.MaskedNode`, or None) are passed through.
     """
 
     def at_leaf(value: Any, leaf: Any) -> Any:
-        return leaf if isinstance(leaf, optax.MaskedNode) else function(value, leaf)
+        masked = leaf is None or isinstance(leaf, optax.MaskedNode)
+        return leaf if masked else function(value, leaf)
 
     return jax.tree.map(at_leaf, static, tree, is_leaf=is_leaf)
 
@@ -84,12 +80,17 @@ class MatrixLayout:
     def _permutation(self) -> tuple[int, ...]:
         return self.stack_axes + self.in_axes + self.out_axes
 
+    @property
+    def group_shape(self) -> tuple[int, int, int]:
+        """`(n, d_in, d_out)` with all stack axes in one."""
+        return math.prod(self.stack_shape), self.d_in, self.d_out
+
     def to_matrices(self, x: jax.Array) -> jax.Array:
-        """`shape` -> `(*stack_shape, d_in, d_out)`."""
-        return jnp.transpose(x, self._permutation).reshape(self.matrix_shape)
+        """`shape` -> `(n, d_in, d_out)`."""
+        return jnp.transpose(x, self._permutation).reshape(self.group_shape)
 
     def from_matrices(self, x: jax.Array) -> jax.Array:
-        """`(*stack_shape, d_in, d_out)` -> `shape`."""
+        """`(n, d_in, d_out)` -> `shape`."""
         permutation = self._permutation
         x = x.reshape(self._sizes(permutation))
         return jnp.transpose(x, sorted(range(len(permutation)), key=permutation.__getitem__))
@@ -140,39 +141,3 @@ def matrix_layouts(tree: PyTree, numbers: WeightDimensionNumbers) -> PyTree:
         named,
         is_leaf=is_dimension_numbers,
     )
-
-
-class MatrixGroups:
-    """The leaves of a tree as one array per matrix shape.
-
-    `stack` gives `{"8x256x1024": (leaves, 8, 256, 1024), ...}` in float32, `unstack` undoes it.
-    """
-
-    def __init__(self, tree: PyTree, numbers: WeightDimensionNumbers):
-        leaves, self._treedef = jax.tree.flatten(tree)
-        is_layout = lambda x: isinstance(x, MatrixLayout)
-        self._layouts = jax.tree.leaves(matrix_layouts(tree, numbers), is_leaf=is_layout)
-        self._dtypes = [leaf.dtype for leaf in leaves]
-        self._members: dict[str, list[int]] = {}
-        for i, layout in enumerate(self._layouts):
-            key = "x".join(map(str, layout.matrix_shape))
-            self._members.setdefault(key, []).append(i)
-
-    def stack(self, tree: PyTree) -> dict[str, jax.Array]:
-        """A tree like the one given -> `{key: (leaves, *stack, d_in, d_out)}` in float32."""
-        leaves = jax.tree.leaves(tree)
-        return {
-            key: jnp.stack(
-                [self._layouts[i].to_matrices(leaves[i]).astype(jnp.float32) for i in members]
-            )
-            for key, members in self._members.items()
-        }
-
-    def unstack(self, groups: dict[str, jax.Array]) -> PyTree:
-        """`{key: (leaves, *stack, d_in, d_out)}` -> a tree like the one given, in its dtypes."""
-        leaves: list[Any] = [None] * len(self._layouts)
-        for key, members in self._members.items():
-            for position, i in enumerate(members):
-                x = self._layouts[i].from_matrices(groups[key][position])
-                leaves[i] = x.astype(self._dtypes[i])
-        return jax.tree.unflatten(self._treedef, leaves)

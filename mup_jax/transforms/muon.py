@@ -1,14 +1,25 @@
 """Muon: momentum, orthogonalized."""
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.linalg import Orthogonalizer, orthogonalize
-from mup_jax.transforms.matrices import MatrixGroups, WeightDimensionNumbers
-from mup_jax.transforms.statistics import ema, is_healthy
+from mup_jax.transforms.groups import Groups, MatrixGroups, State
+from mup_jax.transforms.linalg import Orthogonalizer, check_orthogonalizer, orthogonalize
+from mup_jax.transforms.matrices import WeightDimensionNumbers
+from mup_jax.transforms.statistics import ema
+
+ShapeFactor = Literal["none", "spectral", "jordan", "rms"]
+SHAPE_FACTORS: dict[str, Callable[[int, int], float]] = {
+    "none": lambda d_in, d_out: 1.0,
+    "spectral": lambda d_in, d_out: math.sqrt(d_out / d_in),
+    "jordan": lambda d_in, d_out: math.sqrt(max(1.0, d_out / d_in)),
+    "rms": lambda d_in, d_out: 0.2 * math.sqrt(max(d_in, d_out)),
+}
 
 
 class ScaleByMuonState(NamedTuple):
@@ -23,8 +34,10 @@ def scale_by_muon(
     *,
     nesterov: bool = True,
     eps: float = 1e-8,
-    orthogonalizer: Orthogonalizer = "polar_express",
-    steps: int = 5,
+    orthogonalizer: Orthogonalizer = "tuned",
+    steps: int | None = None,
+    gram_form: bool | None = None,
+    shape_factor: ShapeFactor = "none",
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Orthogonalizes the momentum of each matrix (Muon).
@@ -33,16 +46,31 @@ def scale_by_muon(
       M \leftarrow \beta M + (1 - \beta) G, \quad M' = \beta M + (1 - \beta) G, \quad
       u = \operatorname{polar}(M' / (\|M'\|_F + \epsilon))
 
-    where polar(U S Vᵀ) = U Vᵀ, and M' = M without `nesterov`. No shape factor is applied: the
-    spectral norm of u is 1. A matrix whose gradient is not finite keeps its momentum.
+    where polar(U S Vᵀ) = U Vᵀ, and M' = M without `nesterov`. A matrix whose gradient is not finite
+    keeps its momentum.
+
+    The spectral norm of u is 1, times a factor of the shape (d_in, d_out):
+
+    ==========  ========================  ====================================================
+    none        1                         with the width rule `mup_jax.rules.muon`
+    spectral    √(d_out / d_in)           that rule, as a factor (Bernstein; modula)
+    jordan      √max(1, d_out / d_in)     as published with Muon
+    rms         0.2 √max(d_in, d_out)     the RMS of Adam's updates (Moonlight; Kimi K2)
+    ==========  ========================  ====================================================
+
+    Only the first two carry a learning rate from one width to another; do not combine the others
+    with a width rule.
 
     Args:
       beta: decay of the momentum.
       nesterov: whether to look ahead with the current gradient.
       eps: added to the Frobenius norm of M', in units of the gradient.
-      orthogonalizer: "polar_express" (Amsel et al. 2025), "newton_schulz" (Jordan's coefficients)
-        or "svd" (exact).
-      steps: iterations of the first two.
+      orthogonalizer: "tuned" (quintics fitted to six steps, or to five), "polar_express" (Amsel et
+        al. 2025), "newton_schulz" (Jordan's coefficients) or "svd" (exact).
+      steps: iterations of all but "svd"; None for the method's own, six of "tuned", five of others.
+      gram_form: whether to iterate on Gram matrices: less work for long matrices, but in full
+        float32. None: on CPUs, where it is less work.
+      shape_factor: see above.
       weight_dimension_numbers: None for `(d_in, d_out)` leaves, or
         `optax.contrib.MuonDimensionNumbers` for all leaves, a tree of them, or a function of the
         parameters that returns one of these; axes not named are stack axes.
@@ -51,28 +79,38 @@ def scale_by_muon(
       A transformation of gradients into updates of the same shapes and dtypes.
 
     Raises:
-      ValueError: at `init` or `update`, a leaf is not a matrix; an unknown orthogonalizer.
+      ValueError: an unknown orthogonalizer or shape factor, or a number of steps that it does not
+        have; at `init` or `update`, a leaf is not a matrix.
 
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
+    check_orthogonalizer(orthogonalizer, steps)
+    if shape_factor not in SHAPE_FACTORS:
+        raise ValueError(f"shape_factor={shape_factor!r}: choose from {', '.join(SHAPE_FACTORS)}")
 
     def init(params: optax.Params) -> ScaleByMuonState:
-        groups = MatrixGroups(params, weight_dimension_numbers).stack(params)
-        return ScaleByMuonState(jax.tree.map(jnp.zeros_like, groups), jnp.zeros((), jnp.int32))
+        groups = MatrixGroups(params, weight_dimension_numbers)
+        state = groups.zeros({"mu": groups.matrices})
+        return ScaleByMuonState(**state, nonfinite=jnp.zeros((), jnp.int32))
+
+    def step(gradients: Groups, healthy: Groups, state: State) -> tuple[Groups, State]:
+        mu, directions = {}, {}
+        for key, gradient in gradients.items():
+            mu[key] = ema(state["mu"][key], gradient, beta, healthy[key])
+            ahead = ema(mu[key], gradient, beta, healthy[key]) if nesterov else mu[key]
+            direction = orthogonalize(
+                ahead, orthogonalizer, steps=steps, eps=eps, gram_form=gram_form
+            )
+            directions[key] = SHAPE_FACTORS[shape_factor](*gradient.shape[-2:]) * direction
+        return directions, {"mu": mu}
 
     def update(
         updates: optax.Updates, state: ScaleByMuonState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByMuonState]:
         del params
         groups = MatrixGroups(updates, weight_dimension_numbers)
-        mu, directions, skipped = {}, {}, state.nonfinite
-        for key, gradient in groups.stack(updates).items():
-            healthy = is_healthy(gradient)
-            mu[key] = ema(state.mu[key], gradient, beta, healthy)
-            ahead = ema(mu[key], gradient, beta, healthy) if nesterov else mu[key]
-            directions[key] = orthogonalize(ahead, orthogonalizer, steps=steps, eps=eps)
-            skipped = skipped + jnp.sum(~healthy, dtype=jnp.int32)
-        return groups.unstack(directions), ScaleByMuonState(mu, skipped)
+        directions, new, skipped = groups.run(step, updates, {"mu": state.mu})
+        return directions, ScaleByMuonState(**new, nonfinite=state.nonfinite + skipped)
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))

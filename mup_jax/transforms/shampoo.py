@@ -1,21 +1,25 @@
 """Shampoo: a Kronecker-factored preconditioner for each block of each matrix."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.blocking import Blocking, Sides, refresh
+from mup_jax.transforms.blocking import Blocking, Sides
+from mup_jax.transforms.groups import Groups, MatrixGroups, State
 from mup_jax.transforms.linalg import batch_by_shape, inverse_root
-from mup_jax.transforms.matrices import MatrixGroups, WeightDimensionNumbers
+from mup_jax.transforms.matrices import WeightDimensionNumbers
+from mup_jax.transforms.refresh import Turns, check_frequency, refresh
 from mup_jax.transforms.statistics import (
     Factors,
+    abstract_factors,
     ema,
-    init_factors,
     is_alive,
-    is_healthy,
     multiply_sides,
+    pack,
+    unpack,
     update_factors,
 )
 
@@ -42,6 +46,7 @@ def scale_by_shampoo(
     precondition_frequency: int = 10,
     stagger: bool = True,
     sides: Sides = "both",
+    preconditioner_dtype: jax.typing.DTypeLike = jnp.float32,
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions the momentum of each block on both sides (Shampoo).
@@ -69,6 +74,7 @@ def scale_by_shampoo(
         where `step % precondition_frequency == 0`. All are refreshed at the first step, and when a
         block gets its first gradient that is not zero.
       sides: "both", or "in" or "out" to precondition one side only.
+      preconditioner_dtype: in which the roots are stored; bfloat16 saves a float per parameter.
       weight_dimension_numbers: as in `scale_by_muon`.
 
     Returns:
@@ -84,15 +90,20 @@ def scale_by_shampoo(
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
+    check_frequency(precondition_frequency)
 
     def init(params: optax.Params) -> ScaleByShampooState:
-        groups = MatrixGroups(params, weight_dimension_numbers).stack(params)
-
+        groups = MatrixGroups(params, weight_dimension_numbers, blocking)
+        factors = partial(abstract_factors, groups.divisions, blocking, packed=True)
         return ScaleByShampooState(
             count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(jnp.zeros_like, groups),
-            statistics=init_factors(groups, blocking, diagonal=0.0),
-            roots=init_factors(groups, blocking, diagonal=0.0),
+            **groups.zeros(
+                {
+                    "mu": groups.matrices,
+                    "statistics": factors(),
+                    "roots": factors(dtype=preconditioner_dtype),
+                }
+            ),
             nonfinite=jnp.zeros((), jnp.int32),
         )
 
@@ -100,51 +111,74 @@ def scale_by_shampoo(
         updates: optax.Updates, state: ScaleByShampooState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         del params
-        groups = MatrixGroups(updates, weight_dimension_numbers)
-        count = state.count + 1
-        correction = 1 - b2**count
+        groups = MatrixGroups(updates, weight_dimension_numbers, blocking)
 
-        mu, momenta, statistics = {}, {}, {}
-        skipped = state.nonfinite
-        overdue = jnp.zeros((), bool)
-        for key, gradient in groups.stack(updates).items():
-            healthy = is_healthy(gradient)
-            skipped = skipped + jnp.sum(~healthy, dtype=jnp.int32)
-            mu[key] = ema(state.mu[key], gradient, b1, healthy)
-            momenta[key] = mu[key] / (1 - b1**count)
-            statistics[key] = [
-                update_factors(pair, block, b2, healthy[..., None, None])
-                for pair, block in zip(state.statistics[key], blocking.split(gradient), strict=True)
-            ]
-            # The first gradient that is neither zero nor bad may come late.
-            for root, statistic in zip(state.roots[key], statistics[key], strict=True):
-                overdue |= jnp.any(is_alive(statistic) & ~is_alive(root))
+        def step(
+            gradients: Groups, healthy: Groups, state: State, steps_before: jax.Array
+        ) -> tuple[Groups, State]:
+            count = steps_before + 1
+            correction = 1 - b2**count
+            mu: Groups = {}
+            statistics: Factors = {}
+            turns: Groups = {}
+            overdue: Groups = {}
+            for key, gradient in gradients.items():
+                division = groups.divisions[key]
+                mu[key] = ema(state["mu"][key], gradient, b1, healthy[key])
+                blocks = blocking.split(gradient, division.cut)
+                statistics[key] = [
+                    update_factors(pair, block, b2, healthy[key][..., None, None], division)
+                    for pair, block in zip(state["statistics"][key], blocks, strict=True)
+                ]
+                turns[key] = [Turns.of(block.shape[:3], division) for block in blocks]
+                # The first gradient that is neither zero nor bad may come late.
+                overdue[key] = [
+                    is_alive(statistic) & ~is_alive(root)
+                    for root, statistic in zip(state["roots"][key], statistics[key], strict=True)
+                ]
 
-        def fresh_roots(roots: Factors, statistics: Factors) -> Factors:
-            del roots
-            root = lambda s: inverse_root(
-                s / correction, exponent, eps=eps, relative_eps=relative_eps
+            def fresh_roots(roots: Factors, statistics: Factors) -> Factors:
+                def root(statistic: jax.Array, previous: jax.Array) -> jax.Array:
+                    new = inverse_root(
+                        unpack(statistic) / correction,
+                        unpack(previous).astype(jnp.float32),
+                        exponent,
+                        eps=eps,
+                        relative_eps=relative_eps,
+                    )
+                    return pack(new).astype(previous.dtype)
+
+                return batch_by_shape(root, statistics, roots)
+
+            roots = refresh(
+                steps_before,
+                precondition_frequency,
+                fresh_roots,
+                state["roots"],
+                statistics,
+                turns=turns,
+                overdue=overdue,
+                stagger=stagger,
             )
-            return batch_by_shape(root, statistics)
+            directions = {}
+            for key, momentum in mu.items():
+                cut = groups.divisions[key].cut
+                pieces = [
+                    multiply_sides(jax.tree.map(unpack, pair), block)
+                    for pair, block in zip(roots[key], blocking.split(momentum, cut), strict=True)
+                ]
+                merged = blocking.merge(pieces, momentum.shape, cut)
+                directions[key] = merged / (1 - b1**count)
+            return directions, {"mu": mu, "statistics": statistics, "roots": roots}
 
-        roots = refresh(
+        directions, new, skipped = groups.run(
+            step,
+            updates,
+            {"mu": state.mu, "statistics": state.statistics, "roots": state.roots},
             state.count,
-            precondition_frequency,
-            fresh_roots,
-            state.roots,
-            statistics,
-            stagger=stagger,
-            overdue=overdue,
         )
-        directions = {}
-        for key, momentum in momenta.items():
-            pieces = [
-                multiply_sides(pair, block)
-                for pair, block in zip(roots[key], blocking.split(momentum), strict=True)
-            ]
-            directions[key] = blocking.merge(pieces, *momentum.shape[-2:])
-        return groups.unstack(directions), ScaleByShampooState(
-            count, mu, statistics, roots, skipped
+        return directions, ScaleByShampooState(
+            count=state.count + 1, **new, nonfinite=state.nonfinite + skipped
         )
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.blocking import Blocking, Sides, refresh
+from mup_jax.transforms.blocking import Blocking, Sides
+from mup_jax.transforms.groups import Groups, MatrixGroups, State
 from mup_jax.transforms.linalg import (
     FLOOR,
     ROUNDING,
@@ -17,15 +18,16 @@ from mup_jax.transforms.linalg import (
     matmul,
     refine_eigenbasis,
 )
-from mup_jax.transforms.matrices import MatrixGroups, WeightDimensionNumbers
+from mup_jax.transforms.matrices import WeightDimensionNumbers
+from mup_jax.transforms.refresh import Turns, check_frequency, refresh
 from mup_jax.transforms.statistics import (
     Factors,
     Pair,
+    abstract_factors,
     ema,
-    init_factors,
     is_alive,
-    is_healthy,
     multiply_sides,
+    unpack,
     update_factors,
 )
 
@@ -35,10 +37,18 @@ class ScaleBySoapState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # int32: steps so far
     mu: dict[str, jax.Array]
-    nu: dict[str, list[jax.Array]]  # second moment of each piece, in the basis
+    nu: dict[str, jax.Array]  # second moment, in the bases of the blocks
     statistics: Factors
     bases: Factors
     nonfinite: jax.Array  # int32: matrices of gradients skipped so far
+
+
+# The bases of a block and the second moment in them.
+Based = tuple[Pair, jax.Array]
+
+
+def _squared_rotation(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.square(matmul(old.mT.astype(jnp.float32), new.astype(jnp.float32)))
 
 
 def _move(find_basis: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -49,15 +59,22 @@ def _move(find_basis: Callable[..., jax.Array]) -> Callable[..., Any]:
     eigenvalues may swap order.
     """
 
-    def fresh(bases_and_nu: tuple[Factors, Any], statistics: Factors) -> tuple[Factors, Any]:
-        old, nu = bases_and_nu
-        new = batch_by_shape(find_basis, statistics, old)
-        squared_rotation = jax.tree.map(lambda q, q_new: jnp.square(matmul(q.mT, q_new)), old, new)
-        moved = {
-            key: [multiply_sides(pair, v) for pair, v in zip(pairs, nu[key], strict=True)]
-            for key, pairs in squared_rotation.items()
+    def fresh(current: dict[str, list[Based]], statistics: Factors) -> dict[str, list[Based]]:
+        old = {key: [bases for bases, _ in pieces] for key, pieces in current.items()}
+
+        def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
+            new = find_basis(unpack(statistic), previous.astype(jnp.float32))
+            return new.astype(previous.dtype)
+
+        new = batch_by_shape(basis, statistics, old)
+        squared_rotation = jax.tree.map(_squared_rotation, old, new)
+        return {
+            key: [
+                (new[key][i], multiply_sides(squared_rotation[key][i], nu))
+                for i, (_, nu) in enumerate(pieces)
+            ]
+            for key, pieces in current.items()
         }
-        return new, moved
 
     return fresh
 
@@ -85,6 +102,7 @@ def scale_by_soap(
     exact_steps: int = 1,
     stagger: bool = True,
     sides: Sides = "both",
+    preconditioner_dtype: jax.typing.DTypeLike = jnp.float32,
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs Adam in the eigenbasis of Shampoo's statistics (SOAP).
@@ -112,6 +130,7 @@ def scale_by_soap(
         not zero.
       stagger: as in `scale_by_shampoo`.
       sides: "both", or "in" or "out" to rotate one side only.
+      preconditioner_dtype: in which the bases are stored; bfloat16 saves a float per parameter.
       weight_dimension_numbers: as in `scale_by_muon`.
 
     Returns:
@@ -125,19 +144,22 @@ def scale_by_soap(
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
+    check_frequency(precondition_frequency)
     if exact_steps < 1:
         raise ValueError(f"exact_steps={exact_steps}: the first basis needs at least one step")
 
     def init(params: optax.Params) -> ScaleBySoapState:
-        groups = MatrixGroups(params, weight_dimension_numbers).stack(params)
-        zeros = jax.tree.map(jnp.zeros_like, groups)
-
+        groups = MatrixGroups(params, weight_dimension_numbers, blocking)
+        factors = partial(abstract_factors, groups.divisions, blocking)
+        fields: State = {
+            "mu": groups.matrices,
+            "nu": groups.matrices,
+            "statistics": factors(packed=True),
+            "bases": factors(packed=False, dtype=preconditioner_dtype),
+        }
         return ScaleBySoapState(
             count=jnp.zeros((), jnp.int32),
-            mu=zeros,
-            nu={key: blocking.split(x) for key, x in zeros.items()},
-            statistics=init_factors(groups, blocking, diagonal=0.0),
-            bases=init_factors(groups, blocking, diagonal=1.0),
+            **groups.zeros(fields),
             nonfinite=jnp.zeros((), jnp.int32),
         )
 
@@ -145,61 +167,90 @@ def scale_by_soap(
         updates: optax.Updates, state: ScaleBySoapState, params: Any = None
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params
-        groups = MatrixGroups(updates, weight_dimension_numbers)
-        gradients = groups.stack(updates)
-        count = state.count + 1
+        groups = MatrixGroups(updates, weight_dimension_numbers, blocking)
 
-        mu, healthy, statistics = {}, {}, {}
-        # Blocks without a second moment; the first gradient that counts may come late.
-        is_new = {key: [jnp.all(v == 0, axis=(-2, -1)) for v in vs] for key, vs in state.nu.items()}
-        skipped = state.nonfinite
-        overdue = jnp.zeros((), bool)
-        for key, gradient in gradients.items():
-            healthy[key] = is_healthy(gradient)
-            skipped = skipped + jnp.sum(~healthy[key], dtype=jnp.int32)
-            mu[key] = ema(state.mu[key], gradient, b1, healthy[key])
-            statistics[key] = [
-                update_factors(pair, block, b2, healthy[key][..., None, None])
-                for pair, block in zip(state.statistics[key], blocking.split(gradient), strict=True)
-            ]
-            for pair, new in zip(statistics[key], is_new[key], strict=True):
-                overdue |= jnp.any(is_alive(pair) & new)
-        bases, carried = refresh(
+        def step(
+            gradients: Groups, healthy: Groups, state: State, steps_before: jax.Array
+        ) -> tuple[Groups, State]:
+            mu: Groups = {}
+            statistics: Factors = {}
+            based: dict[str, list[Based]] = {}
+            turns: Groups = {}
+            is_new: Groups = {}
+            overdue: Groups = {}
+            for key, gradient in gradients.items():
+                division = groups.divisions[key]
+                mu[key] = ema(state["mu"][key], gradient, b1, healthy[key])
+                blocks = blocking.split(gradient, division.cut)
+                statistics[key] = [
+                    update_factors(pair, block, b2, healthy[key][..., None, None], division)
+                    for pair, block in zip(state["statistics"][key], blocks, strict=True)
+                ]
+                nus = blocking.split(state["nu"][key], division.cut)
+                based[key] = list(zip(state["bases"][key], nus, strict=True))
+                turns[key] = [Turns.of(block.shape[:3], division) for block in blocks]
+                # Blocks without a second moment; the first gradient that counts may come late.
+                largest = [division.over_uncut(jax.lax.pmax, jnp.max(v, (-2, -1))) for v in nus]
+                is_new[key] = [v == 0 for v in largest]
+                overdue[key] = [
+                    is_alive(statistic) & new
+                    for statistic, new in zip(statistics[key], is_new[key], strict=True)
+                ]
+            based = refresh(
+                steps_before,
+                precondition_frequency,
+                _move(refine_eigenbasis),
+                based,
+                statistics,
+                turns=turns,
+                overdue=overdue,
+                stagger=stagger,
+                first=_move(lambda statistics, _: eigenbasis(statistics)),
+                first_steps=exact_steps,
+            )
+            count = steps_before + 1
+            correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+            nu: Groups = {}
+            directions: Groups = {}
+            for key, gradient in gradients.items():
+                division = groups.divisions[key]
+                nus, pieces = [], []
+                for (basis, old_nu), new, block, momentum in zip(
+                    based[key],
+                    is_new[key],
+                    blocking.split(gradient, division.cut),
+                    blocking.split(mu[key], division.cut),
+                    strict=True,
+                ):
+                    rotate = partial(_rotate, basis, first=new[..., None, None])
+                    v = ema(old_nu, jnp.square(rotate(block)), b2, healthy[key][..., None, None])
+                    size = jnp.sqrt(v)
+                    # Directions without a gradient have v of rounding noise, or exactly zero.
+                    peak = jnp.max(size, axis=(-2, -1), keepdims=True)
+                    noise = ROUNDING * division.over_uncut(jax.lax.pmax, peak)
+                    adam = rotate(momentum) / jnp.maximum(size + eps, jnp.maximum(noise, FLOOR))
+                    back = jax.tree.map(lambda q: q.mT, basis)
+                    nus.append(v)
+                    pieces.append(multiply_sides(back, adam))
+                nu[key] = blocking.merge(nus, gradient.shape, division.cut)
+                merged = blocking.merge(pieces, gradient.shape, division.cut)
+                directions[key] = merged * correction
+            bases = {key: [basis for basis, _ in pieces] for key, pieces in based.items()}
+            return directions, {"mu": mu, "nu": nu, "statistics": statistics, "bases": bases}
+
+        directions, new, skipped = groups.run(
+            step,
+            updates,
+            {
+                "mu": state.mu,
+                "nu": state.nu,
+                "statistics": state.statistics,
+                "bases": state.bases,
+            },
             state.count,
-            precondition_frequency,
-            _move(refine_eigenbasis),
-            (state.bases, state.nu),
-            statistics,
-            stagger=stagger,
-            overdue=overdue,
-            first=_move(lambda statistics, _: eigenbasis(statistics)),
-            first_steps=exact_steps,
         )
-        nu: dict[str, list[jax.Array]] = {}
-        directions = {}
-        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        for key, gradient in gradients.items():
-            nu[key], pieces = [], []
-            for basis, old_nu, new, block, momentum in zip(
-                bases[key],
-                carried[key],
-                is_new[key],
-                blocking.split(gradient),
-                blocking.split(mu[key]),
-                strict=True,
-            ):
-                rotate = partial(_rotate, basis, first=new[..., None, None])
-                v = ema(old_nu, jnp.square(rotate(block)), b2, healthy[key][..., None, None])
-                size = jnp.sqrt(v)
-                # Directions without a gradient have v of rounding noise, or exactly zero.
-                noise = ROUNDING * jnp.max(size, axis=(-2, -1), keepdims=True)
-                adam = rotate(momentum) / jnp.maximum(size + eps, jnp.maximum(noise, FLOOR))
-                back = jax.tree.map(lambda q: q.mT, basis)
-                nu[key].append(v)
-                pieces.append(multiply_sides(back, adam) * correction)
-            directions[key] = blocking.merge(pieces, *gradient.shape[-2:])
-        return groups.unstack(directions), ScaleBySoapState(
-            count, mu, nu, statistics, bases, skipped
+        return directions, ScaleBySoapState(
+            count=state.count + 1, **new, nonfinite=state.nonfinite + skipped
         )
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))

@@ -6,22 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from mup_jax.transforms.blocking import Blocking
+from mup_jax.transforms.division import Division
 from mup_jax.transforms.linalg import FLOOR, matmul
 
-# A `(..., b_in, b_in)` and a `(..., b_out, b_out)` matrix for `(..., b_in, b_out)` blocks; None for
-# a side without preconditioner.
+# Something for the in side and the out side of blocks; None for a side without preconditioner.
 Pair = tuple[Any, Any]
 
-# The pairs of each piece of the blocking, for each matrix shape.
+# The pairs of each piece of the blocking, for each group.
 Factors = dict[str, list[Pair]]
-
-
-def is_healthy(gradients: jax.Array) -> jax.Array:
-    """Whether the squares of matrices `(..., m, n)` are finite in float32: `(..., 1, 1)` bool.
-
-    The trace of G Gᵀ bounds all its entries, so a healthy gradient has finite statistics.
-    """
-    return jnp.isfinite(jnp.sum(jnp.square(gradients), axis=(-2, -1), keepdims=True))
 
 
 def ema(old: jax.Array, new: jax.Array, decay: float, healthy: jax.Array) -> jax.Array:
@@ -29,35 +21,79 @@ def ema(old: jax.Array, new: jax.Array, decay: float, healthy: jax.Array) -> jax
     return jnp.where(healthy, decay * old + (1 - decay) * new, old)
 
 
-def init_factors(groups: dict[str, jax.Array], blocking: Blocking, diagonal: float) -> Factors:
-    """`diagonal` times the identity for every preconditioned side of every block."""
+def pack(x: jax.Array) -> jax.Array:
+    """Half of a symmetric matrix: `(..., d, d)` -> `(..., d + 1, d / 2)`, for odd d `(d + 1) / 2`.
 
-    def factor(block: jax.Array, size: int) -> jax.Array:
-        return jnp.broadcast_to(diagonal * jnp.eye(size), (*block.shape[:-2], size, size))
-
-    def pair(block: jax.Array, on_in: bool, on_out: bool) -> Pair:
-        b_in, b_out = block.shape[-2:]
-        return factor(block, b_in) if on_in else None, factor(block, b_out) if on_out else None
-
-    return {
-        key: [pair(block, *blocking.of(*x.shape[-2:])) for block in blocking.split(x)]
-        for key, x in groups.items()
-    }
+    The lower triangle of the first half of the matrix lies beside the upper triangle of the second;
+    below is the square between the two. With d odd there is one row less.
+    """
+    d = x.shape[-1]
+    half, even = (d + 1) // 2, 1 - d % 2
+    keep = [(0, 0)] * (x.ndim - 2)
+    first = jnp.pad(jnp.tril(x[..., :half, :half]), [*keep, (even, 0), (0, 0)])
+    second = jnp.pad(jnp.triu(x[..., half:, half:]), [*keep, (0, 1), (1 - even, 0)])
+    return jnp.concatenate([first + second, x[..., half:, :half]], axis=-2)
 
 
-def update_factors(pair: Pair, block: jax.Array, decay: float, healthy: jax.Array) -> Pair:
-    """The averages of G Gᵀ (in side) and Gᵀ G (out side) of `(..., b_in, b_out)` blocks G."""
+def unpack(x: jax.Array) -> jax.Array:
+    """The inverse of `pack`."""
+    rows, half = x.shape[-2:]
+    even = rows > 2 * half
+    d = rows - even
+    low = jnp.tril(x[..., even : even + half, :])
+    high = jnp.triu(x[..., : d - half, 1 - even :])
+    between = x[..., half + even :, :]
+    first = jnp.concatenate([low + jnp.tril(low, -1).mT, between.mT], axis=-1)
+    second = jnp.concatenate([between, high + jnp.triu(high, 1).mT], axis=-1)
+    return jnp.concatenate([first, second], axis=-2)
+
+
+def abstract_factors(
+    divisions: dict[str, Division],
+    blocking: Blocking,
+    *,
+    packed: bool,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Factors:
+    """An abstract `(n, rows, columns, d, d)` factor for each preconditioned side of the blocks.
+
+    `packed` for symmetric matrices, of which half is kept.
+    """
+
+    def factor(grid: tuple[int, ...], d: int) -> jax.ShapeDtypeStruct:
+        square = jax.ShapeDtypeStruct((*grid, d, d), dtype)
+        return jax.eval_shape(pack, square) if packed else square
+
+    factors: Factors = {}
+    for key, division in divisions.items():
+        n, d_in, d_out = division.shape
+        on_in, on_out = blocking.of(d_in, d_out)
+        factors[key] = []
+        for row, column in blocking.pieces(d_in, d_out):
+            grid = (n, row.number, column.number)
+            pair = (factor(grid, row.size), factor(grid, column.size))
+            factors[key].append((pair[0] if on_in else None, pair[1] if on_out else None))
+    return factors
+
+
+def update_factors(
+    pair: Pair, block: jax.Array, decay: float, healthy: jax.Array, division: Division
+) -> Pair:
+    """Packed averages of G Gᵀ (in side) and Gᵀ G (out side) of blocks G `(..., b_in, b_out)`."""
     on_in, on_out = pair
     if on_in is not None:
-        on_in = ema(on_in, matmul(block, block.mT), decay, healthy)
+        gram = division.over_uncut(jax.lax.psum, matmul(block, block.mT))
+        on_in = ema(on_in, pack(gram), decay, healthy)
     if on_out is not None:
-        on_out = ema(on_out, matmul(block.mT, block), decay, healthy)
+        gram = division.over_uncut(jax.lax.psum, matmul(block.mT, block))
+        on_out = ema(on_out, pack(gram), decay, healthy)
     return on_in, on_out
 
 
 def is_alive(pair: Pair) -> jax.Array:
     """Whether blocks `(...)` have statistics that are more than rounding noise."""
-    return jnp.trace(jax.tree.leaves(pair)[0], axis1=-2, axis2=-1) > FLOOR
+    factor = jax.tree.leaves(pair)[0]
+    return jnp.max(jnp.abs(factor), axis=(-2, -1)) > FLOOR
 
 
 def multiply_sides(pair: Pair, block: jax.Array) -> jax.Array:

@@ -10,10 +10,26 @@ and their right factor R is our "in" factor, an average of G Gᵀ.
 """
 
 from .adam import Adam
+from .adamuon import AdaMuon
 from .blocks import every
 from .graft import Graft
 from .muon import JORDAN, Muon
 from .shampoo import Shampoo
 from .soap import Soap
+from .sophia import SophiaG, bartlett_estimate, gauss_newton_diagonal
+from .spectral_norm import SpectralNorm
 
-__all__ = ["JORDAN", "Adam", "Graft", "Muon", "Shampoo", "Soap", "every"]
+__all__ = [
+    "JORDAN",
+    "AdaMuon",
+    "Adam",
+    "Graft",
+    "Muon",
+    "Shampoo",
+    "Soap",
+    "SophiaG",
+    "SpectralNorm",
+    "bartlett_estimate",
+    "every",
+    "gauss_newton_diagonal",
+]

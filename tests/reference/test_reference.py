@@ -3,7 +3,20 @@
 import numpy as np
 import pytest
 
-from . import JORDAN, Adam, Graft, Muon, Shampoo, Soap, every
+from . import (
+    JORDAN,
+    Adam,
+    AdaMuon,
+    Graft,
+    Muon,
+    Shampoo,
+    Soap,
+    SophiaG,
+    SpectralNorm,
+    bartlett_estimate,
+    every,
+    gauss_newton_diagonal,
+)
 from .blocks import cut
 
 RNG = np.random.default_rng(0)
@@ -173,3 +186,45 @@ def test_graft_epsilon_by_hand():
     one = np.ones((1, 1))
     graft = Graft(Adam(eps=0.0), Muon(coefficients=[(1.0, 0.0, 0.0)], eps=0.0), eps=1.0)
     assert graft.update(one)[0, 0] == pytest.approx(0.5)
+
+
+def test_adamuon_divides_by_what_muon_usually_gives():
+    # The same gradient again and again: O does not move, and O/|O| is its sign.
+    ada = run(AdaMuon(eps=0.0), [MOVING[0]] * 3)
+    np.testing.assert_allclose(ada[-1], np.sign(Muon().update(MOVING[0])))
+    # And the first update is a sign in any case.
+    np.testing.assert_allclose(ada[0], ada[-1])
+
+
+def test_adamuon_second_step_by_hand():
+    still = AdaMuon(b2=0.5, eps=0.0, nesterov=False, coefficients=[(2.0, 0.0, 0.0)])
+    still.update(np.array([[1.0]]))
+    # O = 2 both times but for its sign: V̂ = 4.
+    assert still.update(np.array([[-100.0]]))[0, 0] == pytest.approx(-1.0)
+
+
+def test_spectral_norm_of_a_still_direction():
+    V = np.linalg.svd(MOVING[0].T)[2]
+    normalized = SpectralNorm(Muon(coefficients=[(1.0, 0.0, 0.0)]), V.mean(axis=0), [30])
+    u = normalized.update(MOVING[0])
+    assert np.linalg.norm(u, 2) == pytest.approx(np.sqrt(3 / 5))
+    np.testing.assert_allclose(u / np.linalg.norm(u), MOVING[0] / np.linalg.norm(MOVING[0]))
+    np.testing.assert_allclose(np.abs(normalized.v @ V[0]), 1)
+
+
+def test_sophia_clips_and_divides():
+    sophia = SophiaG(b1=0.5, b2=0.5, gamma=2.0, eps=1.0)
+    G = np.array([4.0, -4.0, 0.5])
+    # m = G/2 and γh = (1, 20, 0): divided by (1, 20, 1).
+    estimate = np.array([1.0, 20.0, 0.0])
+    np.testing.assert_allclose(sophia.update(G, estimate), [1.0, -0.1, 0.25])
+    # Without a new estimate only the momentum moves.
+    np.testing.assert_allclose(sophia.update(G), [1.0, -0.15, 0.375])
+
+
+def test_bartlett_estimate_is_the_gauss_newton_diagonal_on_average():
+    # One position, two labels: the average over both, by their probabilities.
+    x, W = np.array([[1.0, -2.0]]), np.array([[0.3, 0.0], [0.1, 0.5]])
+    p = np.exp(x @ W)[0] / np.exp(x @ W).sum()
+    mean = sum(p[y] * bartlett_estimate(x, W, np.array([y])) for y in range(2))
+    np.testing.assert_allclose(mean, gauss_newton_diagonal(x, W))

@@ -99,22 +99,33 @@ def muon_flops(m, n, steps=5):
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
 def test_muon_of_one_matrix(shape):
-    optimizer = mup_jax.scale_by_muon(orthogonalizer="newton_schulz", steps=5)
+    optimizer = mup_jax.scale_by_muon(orthogonalizer="newton_schulz", steps=5, gram_form=False)
     matrix = {"w": abstract(*shape)}
     state = jax.eval_shape(optimizer.init, matrix)
     assert count_flops(optimizer.update, matrix, state) == muon_flops(*shape)
 
 
-def test_muon_of_stacked_layers():
+def gram_form_flops(m, n, steps=5):
+    """The Gram matrix and the last product; between them products of square matrices alone."""
+    m, n = min(m, n), max(m, n)
+    # The square at each step; from the second on the next Gram matrix, and the product so far.
+    return 2 * m * m * n * 2 + 2 * m**3 * (steps + 3 * (steps - 1))
+
+
+def test_muon_of_stacked_layers_in_gram_form():
     numbers = MuonDimensionNumbers(-2, -1)
-    optimizer = mup_jax.scale_by_muon(weight_dimension_numbers=numbers, steps=3)
+    optimizer = mup_jax.scale_by_muon(
+        weight_dimension_numbers=numbers, orthogonalizer="polar_express", steps=3
+    )
     matrix = {"w": abstract(7, 8, 24)}
     state = jax.eval_shape(optimizer.init, matrix)
-    assert count_flops(optimizer.update, matrix, state) == 7 * muon_flops(8, 24, steps=3)
+    assert count_flops(optimizer.update, matrix, state) == 7 * gram_form_flops(8, 24, steps=3)
 
 
 def test_optimizer_flops_of_a_program():
-    per_layer = 4 * muon_flops(16, 16) + 3 * muon_flops(16, 64)
-    assert program_of(1, optimizer__name="muon").optimizer_flops == per_layer
+    per_layer = 4 * muon_flops(16, 16) + 3 * gram_form_flops(16, 64)
+    options = {"orthogonalizer": "tuned", "steps": 5}
+    program = program_of(1, optimizer__name="muon", optimizer__options=options)
+    assert program.optimizer_flops == per_layer
     assert program_of(1).optimizer_flops == 0
     assert program_of(1).steps == STEPS

@@ -28,8 +28,23 @@ def shapes_of(k, n=1, width=D, vocabulary=V):
 adam_table = lambda k, n: (1, 1 / k, 1 / k)
 muon_table = lambda k, n: (math.sqrt(k), 1, 1 / math.sqrt(k))
 SHAMPOO_4, SHAMPOO_2 = {"exponent": 0.25}, {"exponent": 0.5}
+one_table = lambda k, n: (1, 1, 1)
 LEARNING_RATES = {
+    "sgd": (rules.sgd(), lambda k, n: (k, n, 1 / k)),
     "adam": (rules.adam(), adam_table),
+    "adopt": (rules.adopt(), adam_table),
+    "lion": (rules.lion(), adam_table),
+    "sophia": (rules.sophia(), adam_table),
+    "lamb": (rules.lamb(), lambda k, n: (1, 1 / math.sqrt(k), 1)),
+    "lamb of [G]": (rules.lamb(hidden_exponent=0), one_table),
+    "adamuon": (rules.adamuon(), adam_table),
+    "spectral": (rules.spectrally_normalized(), one_table),
+    "spectral shampoo ½, blocks": (
+        rules.spectrally_normalized(rules.shampoo(block_size=BLOCK)),
+        one_table,
+    ),
+    "spectral soap": (rules.spectrally_normalized(rules.soap(block_size=None)), one_table),
+    "spectral lamb": (rules.spectrally_normalized(rules.lamb(hidden_exponent=1)), one_table),
     "grafted shampoo": (rules.grafted(rules.adam()), adam_table),
     "muon": (rules.muon(), muon_table),
     "shampoo ¼": (rules.shampoo(block_size=None, **SHAMPOO_4), muon_table),
@@ -44,7 +59,15 @@ LEARNING_RATES = {
 }
 # Of an absolute ε, from the same section: as functions of the role's (d_in, d_out) ratios and N.
 EPSILONS = {
+    "sgd": lambda i, o, n: 1,
     "adam": lambda i, o, n: 1 / (n * o),
+    "adopt": lambda i, o, n: 1 / (n * o),
+    "lion": lambda i, o, n: 1 / (n * o),
+    "sophia": lambda i, o, n: 1 / (n * o),
+    "lamb": lambda i, o, n: 1 / (n * o),
+    "adamuon": lambda i, o, n: 1 / math.sqrt(i * o),
+    "spectral": lambda i, o, n: 1,
+    "spectral soap": lambda i, o, n: math.sqrt(i * o) / (n * o),
     "grafted shampoo": lambda i, o, n: 1 / (n * o),
     "muon": lambda i, o, n: math.sqrt(i / o) / n,
     "soap": lambda i, o, n: math.sqrt(i * o) / (n * o),
@@ -140,10 +163,28 @@ def test_factors_from_rung_to_rung_multiply(name):
         assert rule.learning_rate(shapes_of(6)[role]) == pytest.approx(through)
 
 
-def test_vectors_of_the_adam_family_keep_their_learning_rate():
-    vector = shapes_of(4, 2)["vector"]
-    assert rules.adam().learning_rate(vector) == 1
-    assert rules.adam().epsilon(vector) == pytest.approx(1 / 8)
+@pytest.mark.parametrize("name", ["adam", "adopt", "lion", "sophia", "lamb"])
+def test_vectors_of_the_adam_family_keep_their_learning_rate(name):
+    vector, rule = shapes_of(4, 2)["vector"], LEARNING_RATES[name][0]
+    assert rule.learning_rate(vector) == 1
+    assert rule.epsilon(vector) == pytest.approx(1 / 8)
+
+
+HOMOGENEITIES = {"sgd": 1, "shampoo ½": -1, "shampoo ½, blocks": -1}
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_homogeneity(name):
+    rule = LEARNING_RATES[name][0]
+    assert rule.homogeneity == HOMOGENEITIES.get(name, 0)
+    for shape in shapes_of(4, 2).values():
+        degree = rule.homogeneity
+        c = rule.gradient_scale(shape)
+        assert rule.update_scale(shape) == pytest.approx(rule.learning_rate(shape) * c**-degree)
+
+
+def test_epsilon_of_adamuon_is_out_of_the_gradient_s_reach():
+    assert {rules.adamuon().gradient_scale(shape) for shape in shapes_of(4, 2).values()} == {1}
 
 
 @pytest.mark.parametrize(
@@ -163,9 +204,19 @@ def test_update_scale_takes_the_homogeneity_out(exponent, sides, want):
 EXAMPLES, STEPS, SMALL_BLOCK = 16, 2, 8
 shampoo = functools.partial(mup_jax.scale_by_shampoo, precondition_frequency=1)
 soap = functools.partial(mup_jax.scale_by_soap, precondition_frequency=1)
+muon = functools.partial(mup_jax.scale_by_muon, orthogonalizer="svd")
 MEASURED = {
+    "sgd": (optax.trace(0.9), rules.sgd()),
     "adam": (optax.scale_by_adam(0.9, 0.98, eps=1e-6), rules.adam()),
-    "muon": (mup_jax.scale_by_muon(orthogonalizer="svd"), rules.muon()),
+    "adopt": (optax.contrib.scale_by_adopt(), rules.adopt()),
+    "lion": (optax.scale_by_lion(), rules.lion()),
+    "lamb": (optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()), rules.lamb()),
+    "muon": (muon(), rules.muon()),
+    "adamuon": (mup_jax.scale_by_adamuon(orthogonalizer="svd"), rules.adamuon()),
+    "spectral muon": (
+        optax.chain(muon(), mup_jax.normalize_spectral_norm()),
+        rules.spectrally_normalized(rules.muon()),
+    ),
     "shampoo ½": (shampoo(block_size=None), rules.shampoo(block_size=None)),
     "shampoo ½, blocks": (shampoo(block_size=SMALL_BLOCK), rules.shampoo(block_size=SMALL_BLOCK)),
     "shampoo ¼, blocks": (
@@ -178,6 +229,12 @@ MEASURED = {
         rules.soap(block_size=SMALL_BLOCK),
     ),
 }
+
+
+def parameters_of(rng, shape):
+    """At the size of the initialisation: trust ratios see it."""
+    std = {"embedding": 0.1, "hidden": shape.d_in**-0.5, "readout": 1 / shape.d_in}
+    return np.float32(std[shape.role] * rng.normal(size=(shape.d_in, shape.d_out)))
 
 
 def examples_of(rng, shape):
@@ -194,12 +251,14 @@ def test_measured_updates_are_flat_in_width(name):
     inner, rule = MEASURED[name]
     changes = {role: [] for role in ROLES}
     # Factorizations of whole matrices are slow.
-    widths = (64, 256) if name in ("muon", "shampoo ½", "soap") else (100, 388)
+    whole = ("muon", "adamuon", "spectral muon", "shampoo ½", "soap")
+    widths = (64, 256) if name in whole else (100, 388)
     for width in widths:
         rng = np.random.default_rng(width)
         shapes = shapes_of(width / widths[0], width=widths[0])
         shapes = {role: shapes[role] for role in ROLES}
         examples = {role: examples_of(rng, shape) for role, shape in shapes.items()}
+        params = {role: parameters_of(rng, shape) for role, shape in shapes.items()}
         transformation = mup_jax.mup(inner, rule, shapes)
         gradients = [
             {
@@ -210,7 +269,7 @@ def test_measured_updates_are_flat_in_width(name):
         ]
         state, update = transformation.init(gradients[0]), jax.jit(transformation.update)
         for gradient in gradients:
-            u, state = update(gradient, state)
+            u, state = update(gradient, state, params)
         for role, (x, _) in examples.items():
             changes[role].append(np.sqrt(np.mean(np.square(x @ np.asarray(u[role])))))
     slopes = {role: np.polyfit(np.log(widths), np.log(c), 1)[0] for role, c in changes.items()}

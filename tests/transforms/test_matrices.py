@@ -1,13 +1,11 @@
-"""Arrays of any rank as stacks of matrices, and leaves as groups."""
+"""Arrays of any rank as stacks of matrices."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from mup_jax.transforms.matrices import MatrixGroups, matrix_layout
+from mup_jax.transforms.matrices import matrix_layout
 
 RNG = np.random.default_rng(0)
 
@@ -33,7 +31,8 @@ def test_matrices_and_back(shape, numbers, matrix_shape):
     x = normal(*shape)
     layout = matrix_layout(shape, numbers)
     matrices = layout.to_matrices(x)
-    assert matrices.shape == layout.matrix_shape == matrix_shape
+    assert layout.matrix_shape == matrix_shape
+    assert matrices.shape == layout.group_shape == (np.prod(matrix_shape[:-2]), *matrix_shape[-2:])
     np.testing.assert_array_equal(layout.from_matrices(matrices), x)
 
 
@@ -63,44 +62,3 @@ def test_what_is_not_a_matrix_is_refused_by_name(shape, numbers, message):
     with pytest.raises(ValueError, match=message) as error:
         matrix_layout(shape, numbers, "['head']")
     assert "['head']" in str(error.value)
-
-
-def mixed_tree():
-    return {
-        "plain": normal(3, 5),
-        "transposed": normal(5, 3),
-        "layers": normal(2, 3, 5),
-        "half": normal(3, 5).astype(jnp.bfloat16),
-        "masked": optax.MaskedNode(),
-    }
-
-
-MIXED_NUMBERS = {
-    "plain": None,
-    "transposed": MuonDimensionNumbers(1, 0),
-    "layers": MuonDimensionNumbers(-2, -1),
-    "half": None,
-    "masked": None,
-}
-
-
-def test_leaves_of_one_matrix_shape_share_an_array():
-    tree = mixed_tree()
-    groups = MatrixGroups(tree, MIXED_NUMBERS).stack(tree)
-    assert {key: x.shape for key, x in groups.items()} == {"3x5": (3, 3, 5), "2x3x5": (1, 2, 3, 5)}
-    assert all(x.dtype == jnp.float32 for x in groups.values())
-
-
-def test_unstacking_restores_the_tree_and_its_dtypes():
-    tree = mixed_tree()
-    groups = MatrixGroups(tree, lambda params: MIXED_NUMBERS)
-    restored = groups.unstack(groups.stack(tree))
-    assert jax.tree.structure(restored) == jax.tree.structure(tree)
-    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
-
-
-def test_the_message_names_the_leaf_of_the_tree():
-    with pytest.raises(ValueError, match=r"\['block'\]\['gain'\] of shape \(7,\)"):
-        MatrixGroups({"block": {"gain": normal(7), "w": normal(3, 5)}}, None)

@@ -1,0 +1,261 @@
+"""Optimizers that treat all parameters alike."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+
+from mup_jax.optimizers.assembly import Scalar, adam, assemble, scaled
+from mup_jax.transfer import rules
+from mup_jax.transfer.rules import Rule
+from mup_jax.transfer.shapes import map_shapes
+from mup_jax.transforms.matrices import (
+    PyTree,
+    WeightDimensionNumbers,
+    is_dimension_numbers,
+    map_static,
+    matrix_layout,
+    resolve_dimension_numbers,
+)
+from mup_jax.transforms.sophia import scale_by_sophia_g
+
+Curvature = Literal["hutchinson", "gnb"]
+# What the paper has found for each.
+_SOPHIA_GAMMA = {"hutchinson": 0.01, "gnb": 0.05}
+
+
+def adamw(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.9,
+    b2: float = 0.98,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW.
+
+    Args:
+      learning_rate: η of the base model.
+      schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
+      weight_decay: λ of the base model, per step, independent of η.
+      shapes: from `infer_shapes`; None for standard parametrization.
+      b1: decay of the momentum.
+      b2: decay of the second moment.
+      eps: ε of the base model, in units of the gradient.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2017.
+    """
+    return assemble(adam(b1, b2, eps, shapes, learning_rate), schedule, weight_decay, shapes)
+
+
+def adopt(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.9,
+    b2: float = 0.9999,
+    eps: float = 1e-6,
+) -> optax.GradientTransformationExtraArgs:
+    """ADOPT, with clipping: `optax.contrib.scale_by_adopt`. The first step updates nothing.
+
+    Args:
+      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      b1: decay of the momentum.
+      b2: decay of the second moment.
+      eps: least root of the second moment in the base model, in units of the gradient.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      Taniguchi et al., `ADOPT <https://arxiv.org/abs/2411.02853>`_, 2024.
+    """
+    direction = optax.contrib.scale_by_adopt(b1, b2, eps)
+    by_rule = scaled(direction, rules.adopt(), shapes, learning_rate)
+    return assemble(by_rule, schedule, weight_decay, shapes)
+
+
+def lamb(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LAMB: Adam's direction r times the trust ratio ‖W‖/‖r‖ of each matrix.
+
+    Weight decay is independent, as everywhere here: it stays out of the trust ratio, in which
+    `optax.lamb` has it. As there, the ratio is 1 where W or r is zero.
+
+    Args:
+      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      b1: decay of the momentum.
+      b2: decay of the second moment.
+      eps: ε of the base model, in units of the gradient.
+      weight_dimension_numbers: as in `scale_by_muon`: each matrix of a stack has its own ratio.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      You et al., `LAMB <https://arxiv.org/abs/1904.00962>`_, 2019.
+    """
+    direction = optax.chain(
+        optax.scale_by_adam(b1, b2, eps), _scale_by_trust_ratio(weight_dimension_numbers)
+    )
+    by_rule = scaled(direction, rules.lamb(), shapes, learning_rate)
+    return assemble(by_rule, schedule, weight_decay, shapes)
+
+
+def lion(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.9,
+    b2: float = 0.99,
+) -> optax.GradientTransformationExtraArgs:
+    """Lion: the sign of the momentum.
+
+    Args:
+      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      b1: weight of the momentum against the gradient in the sign.
+      b2: decay of the momentum.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    References:
+      Chen et al., `Lion <https://arxiv.org/abs/2302.06675>`_, 2023.
+    """
+    by_rule = scaled(optax.scale_by_lion(b1, b2), rules.lion(), shapes, learning_rate)
+    return assemble(by_rule, schedule, weight_decay, shapes)
+
+
+def sophia(
+    learning_rate: Scalar,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    b1: float = 0.96,
+    b2: float = 0.99,
+    gamma: float | None = None,
+    eps: float = 1e-12,
+    update_interval: int = 10,
+    curvature: Curvature = "hutchinson",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Sophia: momentum over a diagonal of curvature, clipped to ±1.
+
+    With `shapes` γ grows as L·d_out, the size of momentum over curvature, so that the same fraction
+    of entries is clipped at every size.
+
+    Args:
+      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      b1: decay of the momentum.
+      b2: decay of the curvature, once in `update_interval` steps.
+      gamma: γ of the base model; None for the paper's, 0.01 for "hutchinson" and 0.05 for "gnb".
+      eps: least γ·curvature in the base model, in units of the gradient.
+      update_interval: in steps, of the estimates of the curvature.
+      curvature: "hutchinson" (Sophia-H, `optax.contrib.sophia`), for which `update` needs
+        the loss as a function of the parameters, `obj_fn=`; or "gnb" (Sophia-G,
+        `mup_jax.scale_by_sophia_g`), for which it needs the logits, `logits_fn=`.
+      seed: of the estimates.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    Raises:
+      ValueError: an unknown curvature; at `update`, the function of the parameters is missing.
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023.
+    """
+    if curvature not in get_args(Curvature):
+        raise ValueError(f"curvature={curvature!r}: choose 'hutchinson' or 'gnb'")
+    gamma = _SOPHIA_GAMMA[curvature] if gamma is None else gamma
+    if curvature == "gnb":
+        direction = scale_by_sophia_g(
+            b1, b2, gamma, eps, update_interval=update_interval, seed=seed
+        )
+    else:
+        estimator = optax.contrib.hutchinson_estimator_diag_hessian(jax.random.PRNGKey(seed))
+        whole = optax.contrib.sophia(
+            1.0,
+            b1,
+            b2,
+            eps,
+            weight_decay=0.0,
+            gamma=gamma,
+            update_interval=update_interval,
+            hessian_diagonal_fn=estimator,
+        )
+        # Optax offers its direction with a learning rate and a sign only.
+        direction = optax.chain(whole, optax.scale(-1.0))
+    if shapes is not None:
+        direction = _with_functions_in_units_of_gradients(direction, rules.sophia(), shapes)
+    by_rule = scaled(direction, rules.sophia(), shapes, learning_rate)
+    return assemble(by_rule, schedule, weight_decay, shapes)
+
+
+def _scale_by_trust_ratio(numbers: WeightDimensionNumbers) -> optax.GradientTransformation:
+    """`optax.scale_by_trust_ratio` for every matrix of a stack on its own."""
+    trust_ratio = optax.scale_by_trust_ratio()
+
+    def at_leaf(numbers: Any, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        scale = lambda u, w: trust_ratio.update(u, optax.EmptyState(), w)[0]
+        if pair[0].ndim > 1:
+            for axis in matrix_layout(pair[0].shape, numbers).stack_axes:
+                scale = jax.vmap(scale, axis, axis)
+        return scale(*pair)
+
+    def update(updates: optax.Updates, params: Any) -> optax.Updates:
+        if params is None:
+            raise ValueError("trust ratios need the parameters: update(updates, state, params)")
+        pairs = jax.tree.map(lambda u, w: (u, w), updates, params)
+        resolved = resolve_dimension_numbers(numbers, updates)
+        return map_static(at_leaf, resolved, pairs, is_leaf=is_dimension_numbers)
+
+    return optax.stateless(update)
+
+
+def _with_functions_in_units_of_gradients(
+    direction: optax.GradientTransformation, rule: Rule, shapes: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """`direction` with functions of the parameters scaled as `mup` scales gradients, by c.
+
+    p + c·(q - p) in place of q gives a function c times the gradient at q = p, and c² times the
+    curvature.
+    """
+
+    def update(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        def at_leaf(shape: Any, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            p, q = pair
+            return p + rule.gradient_scale(shape) * (q - p)
+
+        def rescaled(function: Any) -> Any:
+            pairs = lambda q: jax.tree.map(lambda p, q: (p, q), params, q)
+            return lambda q: function(map_shapes(at_leaf, shapes, pairs(q)))
+
+        for name in ("obj_fn", "logits_fn"):
+            if extra_args.get(name) is not None:
+                extra_args[name] = rescaled(extra_args[name])
+        return direction.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(direction.init, update)

@@ -1,0 +1,310 @@
+"""Leaves of equal matrix shape as one array, divided over the mesh in use.
+
+Every matrix transformation works on *groups*: all leaves of a tree whose matrices have the same
+shape are one stack `(n, d_in, d_out)`, so that a program grows with the number of different shapes
+and not with the number of leaves or layers. Under a mesh a device works on its part of each group,
+see `mup_jax.transforms.division`.
+"""
+
+import collections
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType
+
+from mup_jax.transforms.blocking import Blocking
+from mup_jax.transforms.division import IN, OUT, STACK, UNDIVIDED, Division, Layout, divide
+from mup_jax.transforms.matrices import (
+    MatrixLayout,
+    PyTree,
+    WeightDimensionNumbers,
+    matrix_layouts,
+)
+
+WHOLE = Blocking(block_size=None, max_preconditioner_dim=2**62)
+
+# One entry per group.
+Groups = dict[str, Any]
+# Fields of one entry per group.
+State = dict[str, Groups]
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+@dataclass(frozen=True)
+class _Mesh:
+    """The axes of a mesh over which work can be divided."""
+
+    mesh: jax.sharding.AbstractMesh
+
+    @classmethod
+    def in_use(cls, leaves: list[Any]) -> "_Mesh":
+        """That of `jax.set_mesh`, or else that of the leaves."""
+        shardings = [getattr(jax.typeof(leaf), "sharding", None) for leaf in leaves]
+        meshes = [jax.sharding.get_abstract_mesh(), *(s.mesh for s in shardings if s is not None)]
+        return cls(next((mesh for mesh in meshes if not mesh.empty), meshes[0]))
+
+    @cached_property
+    def types(self) -> dict[str, AxisType]:
+        """Of the axes of more than one device that no `jax.shard_map` around us has taken."""
+        axes = zip(self.mesh.axis_names, self.mesh.axis_sizes, self.mesh.axis_types, strict=True)
+        return {name: kind for name, size, kind in axes if size > 1 and kind != AxisType.Manual}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return {name: self.mesh.shape[name] for name in self.types}
+
+    def of_type(self, kind: AxisType) -> list[str]:
+        return [name for name in self.types if self.types[name] == kind]
+
+    def spec(self, leaf: Any) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes that a leaf's type shows along each of its axes."""
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        entries = [] if sharding is None else list(sharding.spec)
+        entries += [None] * (jnp.ndim(leaf) - len(entries))
+        return tuple(tuple(a for a in _names(e) if a in self.types) for e in entries)
+
+    def shard(self, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
+        """`jax.shard_map` of a function over the axes of this mesh; itself if there are none."""
+        if not self.types:
+            return function
+        mapped = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.types),
+            check_vma=False,
+        )
+
+        @jax.jit
+        def placed(*args: Any) -> Any:
+            is_spec = lambda x: isinstance(x, jax.P)
+            put = lambda spec, part: jax.tree.map(partial(self._put, spec=spec), part)
+            return mapped(*jax.tree.map(put, in_specs, args, is_leaf=is_spec))
+
+        return placed
+
+    def _put(self, x: jax.Array, spec: jax.P) -> jax.Array:
+        """Moves to the explicit axes of a sharding; the others follow by themselves."""
+        explicit = self.of_type(AxisType.Explicit)
+        entries = [tuple(a for a in _names(e) if a in explicit) or None for e in spec]
+        if not explicit or jax.typeof(x).sharding.spec == jax.P(*entries):
+            return x
+        return jax.reshard(x, jax.NamedSharding(self.mesh, jax.P(*entries)))
+
+    def like(self, new: jax.Array, old: jax.Array) -> jax.Array:
+        """`new` with the sharding of `old`."""
+        if not self.types:
+            return new
+        new = self._put(new, jax.typeof(old).sharding.spec)
+        return shard_alike(new, old)[0] if self.of_type(AxisType.Auto) else new
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The leaves of one matrix shape: their positions in the tree and how each is laid out."""
+
+    members: tuple[int, ...]
+    layouts: tuple[MatrixLayout, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        stack, d_in, d_out = self.layouts[0].group_shape
+        return stack * len(self.members), d_in, d_out
+
+    def stack(self, leaves: list[jax.Array]) -> jax.Array:
+        """Leaves, or a device's parts of them, as `(n, d_in, d_out)`; the leaf varies fastest."""
+        matrices = []
+        for i, layout in zip(self.members, self.layouts, strict=True):
+            local = replace(layout, shape=leaves[i].shape)
+            matrices.append(local.to_matrices(leaves[i]))
+        stacked = jnp.stack(matrices, axis=1)
+        return stacked.reshape(-1, *stacked.shape[2:])
+
+    def unstack(self, x: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
+        """The inverse of `stack`, in shapes and dtypes of the leaves."""
+        x = x.reshape(-1, len(self.members), *x.shape[1:])
+        parts = []
+        for position, (i, layout) in enumerate(zip(self.members, self.layouts, strict=True)):
+            local = replace(layout, shape=like[i].shape)
+            parts.append(local.from_matrices(x[:, position]).astype(like[i].dtype))
+        return parts
+
+    def leaf_spec(self, layout: MatrixLayout, given: Layout) -> jax.P:
+        """The sharding of a leaf whose matrices are divided as `given`."""
+        entries: list[Any] = [None] * len(layout.shape)
+        for axes, names in zip(_axes(layout), given, strict=True):
+            if names:
+                entries[axes[0]] = names
+        return jax.P(*entries)
+
+    def can_have(self, given: Layout, sizes: Mapping[str, int]) -> bool:
+        """Whether the first axis of every leaf's stack, in side and out side can be divided so."""
+        return all(
+            not names
+            or (axes and layout.shape[axes[0]] % math.prod(sizes[name] for name in names) == 0)
+            for layout in self.layouts
+            for axes, names in zip(_axes(layout), given, strict=True)
+        )
+
+    def given(self, leaves: list[Any], mesh: _Mesh) -> Layout:
+        """The layout in which gradients arrive, that of most leaves.
+
+        Automatic axes do not show in a type. They are taken to divide in side and out side in turn,
+        as fully sharded and tensor-parallel weights have it; where that is not so, the compiler
+        moves shards (by all-to-all) before and after.
+        """
+        seen: collections.Counter[Layout] = collections.Counter()
+        for i, layout in zip(self.members, self.layouts, strict=True):
+            spec = mesh.spec(leaves[i])
+            stack, d_in, d_out = (spec[axes[0]] if axes else () for axes in _axes(layout))
+            seen[stack, d_in, d_out] += 1
+        possible = [layout for layout, _ in seen.most_common() if self.can_have(layout, mesh.sizes)]
+        stack, *sides = possible[0] if possible else UNDIVIDED
+        turn = 0
+        for name in mesh.of_type(AxisType.Auto):
+            for side in (turn, 1 - turn):
+                tried = [*sides]
+                tried[side] = (*sides[side], name)
+                if self.can_have((stack, tried[0], tried[1]), mesh.sizes):
+                    sides, turn = tried, 1 - side
+                    break
+        return stack, sides[0], sides[1]
+
+
+def _axes(layout: MatrixLayout) -> tuple[tuple[int, ...], ...]:
+    return layout.stack_axes, layout.in_axes, layout.out_axes
+
+
+def is_healthy(gradients: jax.Array, division: Division) -> jax.Array:
+    """Whether the squares of matrices `(n, d_in, d_out)` are finite in float32: `(n, 1, 1)` bool.
+
+    The trace of G Gᵀ bounds all its entries, so a healthy gradient has finite statistics.
+    """
+    squares = jnp.sum(jnp.square(gradients), axis=(-2, -1), keepdims=True)
+    return jnp.isfinite(division.over(jax.lax.psum, squares, IN, OUT))
+
+
+class MatrixGroups:
+    """The leaves of a tree as one array `(n, d_in, d_out)` per matrix shape.
+
+    Groups are named by that shape, as "8x256x1024". A state is a dictionary of fields, each with
+    one entry per group: a tree of arrays `(n, d_in, d_out)` or `(n, rows, columns, d, d)`.
+
+    Attributes:
+      divisions: how each group is divided over the mesh in use.
+    """
+
+    def __init__(
+        self, tree: PyTree, numbers: WeightDimensionNumbers, blocking: Blocking = WHOLE
+    ) -> None:
+        leaves, self._treedef = jax.tree.flatten(tree)
+        is_layout = lambda x: isinstance(x, MatrixLayout)
+        layouts = jax.tree.leaves(matrix_layouts(tree, numbers), is_leaf=is_layout)
+        members: dict[str, list[int]] = {}
+        for i, layout in enumerate(layouts):
+            members.setdefault("x".join(map(str, layout.matrix_shape)), []).append(i)
+        self._groups = {
+            key: _Group(tuple(indices), tuple(layouts[i] for i in indices))
+            for key, indices in members.items()
+        }
+        self._mesh = _Mesh.in_use(leaves)
+        self.divisions: dict[str, Division] = {
+            key: divide(group.shape, group.given(leaves, self._mesh), self._mesh.sizes, blocking)
+            for key, group in self._groups.items()
+        }
+
+    def _map_state(self, function: Callable, state: State, *rest: State) -> State:
+        """`function(division, leaf, ...)` over the arrays of a state."""
+        return {
+            field: {
+                key: jax.tree.map(
+                    partial(function, self.divisions[key]),
+                    entry,
+                    *(other[field][key] for other in rest),
+                )
+                for key, entry in entries.items()
+            }
+            for field, entries in state.items()
+        }
+
+    @property
+    def matrices(self) -> Groups:
+        """What a state keeps of every matrix: abstract `(n, d_in, d_out)` in float32."""
+        return {
+            key: jax.ShapeDtypeStruct(division.shape, jnp.float32)
+            for key, division in self.divisions.items()
+        }
+
+    def zeros(self, state: State) -> State:
+        """A state of zeros, stored as `run` wants it, from an abstract one."""
+        specs = self._map_state(lambda division, x: division.spec(x.shape), state)
+        part = lambda division, x: jnp.zeros(division.stored_shape(x.shape), x.dtype)
+        return self._mesh.shard(lambda: self._map_state(part, state), (), specs)()
+
+    def run(
+        self,
+        step: Callable[..., tuple[Groups, State]],
+        updates: PyTree,
+        state: State,
+        *scalars: Any,
+    ) -> tuple[PyTree, State, jax.Array]:
+        """Runs one step of an optimizer, every device on its part of each group.
+
+        Args:
+          step: `(gradients, healthy, state, *scalars) -> (directions, state)` on the parts of a
+            device: gradients and directions `{key: (n, d_in, d_out)}` in float32, `healthy`
+            `{key: (n, 1, 1)}` says of which matrices the gradients can be used.
+          updates: a tree like the one given at construction: gradients.
+          state: of which every leaf is divided.
+          *scalars: passed on.
+
+        Returns:
+          The directions as a tree like the gradients, the new state, and the number of matrices
+          whose gradients were not healthy.
+        """
+        leaves = jax.tree.leaves(updates)
+        shapes = self._map_state(lambda _, x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+        def local(leaves: list[jax.Array], state: State, scalars: Any) -> Any:
+            gradients, healthy = {}, {}
+            for key, group in self._groups.items():
+                division = self.divisions[key]
+                gradients[key] = division.enter(group.stack(leaves)).astype(jnp.float32)
+                healthy[key] = is_healthy(gradients[key], division)
+            state = self._map_state(Division.enter_state, state, shapes)
+            directions, state = step(gradients, healthy, state, *scalars)
+
+            results: list[Any] = [None] * len(leaves)
+            skipped = jnp.zeros((), jnp.int32)
+            for key, group in self._groups.items():
+                division = self.divisions[key]
+                dtype = jnp.result_type(*(leaves[i] for i in group.members))
+                whole = division.leave(directions[key].astype(dtype))
+                for i, part in zip(group.members, group.unstack(whole, leaves), strict=True):
+                    results[i] = part
+                unhealthy = jnp.sum(~healthy[key], dtype=jnp.int32)
+                skipped += division.over(jax.lax.psum, unhealthy, STACK)
+            return results, self._map_state(Division.leave_state, state, shapes), skipped
+
+        leaf_specs: list[Any] = [None] * len(leaves)
+        for key, group in self._groups.items():
+            for i, layout in zip(group.members, group.layouts, strict=True):
+                leaf_specs[i] = group.leaf_spec(layout, self.divisions[key].given)
+        state_specs = self._map_state(lambda division, x: division.spec(x.shape), state)
+        sharded = self._mesh.shard(
+            local, (leaf_specs, state_specs, jax.P()), (leaf_specs, state_specs, jax.P())
+        )
+        results, state, skipped = sharded(leaves, state, scalars)
+        results = [self._mesh.like(new, old) for new, old in zip(results, leaves, strict=True)]
+        return jax.tree.unflatten(self._treedef, results), state, skipped

@@ -1,0 +1,62 @@
+"""Which algorithm runs where, and the float32 arithmetic that all of them share."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Accelerators multiply float32 in reduced precision unless told otherwise, which is too coarse to
+# compare eigenvalues or to rotate a second moment.
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+# Below this a float32 statistic is rounding noise.
+FLOOR = 1e-30
+# And so is what is smaller than this times the largest value of its matrix.
+ROUNDING = 1e-6
+
+# `with use_paths_of("tpu"):` sends what is traced inside along the path of "cpu", "gpu" or "tpu" on
+# any device, so that tests can run them all. jit traces anew where the value changes.
+use_paths_of = jax.make_user_context(None)
+
+
+def by_platform(
+    *args: jax.Array,
+    cpu: Callable[..., Any],
+    gpu: Callable[..., Any],
+    tpu: Callable[..., Any],
+) -> Any:
+    """One of three functions of `args`; a program for one platform contains no other.
+
+    The outputs have the same shapes and dtypes. A platform with another name counts as a GPU.
+    """
+    if use_paths_of.value is not None:
+        return {"cpu": cpu, "gpu": gpu, "tpu": tpu}[use_paths_of.value](*args)
+    if tpu is gpu:
+        return jax.lax.platform_dependent(*args, cpu=cpu, default=gpu)
+    return jax.lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
+
+
+def _lapack_takes_turns() -> bool:
+    several = (
+        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        or jax.config.values["jax_num_cpu_devices"] > 1
+    )
+    return several and os.environ.get("OPENBLAS_NUM_THREADS") != "1"
+
+
+def factorize(factorization: Callable[..., Any], *matrices: jax.Array) -> Any:
+    """A function of `(m, n)` matrices that calls LAPACK, of `(..., m, n)`.
+
+    On CPUs jaxlib spreads a batch over all threads, and on each of them OpenBLAS does the same
+    again. Several devices in a process (as in tests) then wait for each other's threads, for
+    minutes or for ever. Unless OPENBLAS_NUM_THREADS=1 forbids that, they take one matrix at a time.
+    """
+    *batch, _, _ = matrices[0].shape
+    if not batch or not _lapack_takes_turns():
+        return factorization(*matrices)
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in matrices]
+    results = jax.lax.map(lambda pair: factorization(*pair), flat)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)

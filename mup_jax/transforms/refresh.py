@@ -1,0 +1,144 @@
+"""The schedule by which the preconditioners of blocks are computed anew."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mup_jax.transforms.division import IN, OUT, STACK, Division
+
+
+class Turns(NamedTuple):
+    """When the blocks `(n, rows, columns)` of a piece have their turn.
+
+    The turn of a block is its position in the whole piece, modulo the frequency: equal on every
+    mesh, and even for the blocks of any device.
+    """
+
+    local: np.ndarray  # (blocks of a device,): position of each, but for `start`
+    start: Any  # position of the device's first block
+
+    @classmethod
+    def of(cls, grid: tuple[int, ...], division: Division) -> "Turns":
+        """For the part `grid` of a piece that a device has."""
+        # Matrix by matrix, then row by row: the stack is what every device has most of.
+        n = division.shape[STACK]
+        parts = [division.parts(axis) if division.cut[axis - 1] else 1 for axis in (IN, OUT)]
+        whole = (n, grid[1] * parts[0], grid[2] * parts[1])
+        strides = (1, n, n * whole[1])
+        local = sum(
+            stride * np.arange(length).reshape([-1 if a == axis else 1 for a in range(3)])
+            for axis, (stride, length) in enumerate(zip(strides, grid, strict=True))
+        )
+        start: Any = division.offset(STACK, n)
+        for axis in (IN, OUT):
+            if division.cut[axis - 1]:
+                start = start + strides[axis] * division.offset(axis, whole[axis])
+        return cls(np.asarray(local).ravel(), start)
+
+    def due(self, step: jax.Array, frequency: int) -> jax.Array:
+        """Whose turn it is: bool `(blocks,)`."""
+        return (self.local + self.start - step) % frequency == 0
+
+    def table(self, frequency: int) -> np.ndarray:
+        """For each turn the indices of its blocks; rows are filled with an index out of range."""
+        members = [np.flatnonzero(self.local % frequency == turn) for turn in range(frequency)]
+        table = np.full((frequency, max(map(len, members))), len(self.local), np.int32)
+        for row, indices in zip(table, members, strict=True):
+            row[: len(indices)] = indices
+        return table
+
+    def indices(self, step: jax.Array, frequency: int) -> jax.Array:
+        """The blocks whose turn it is, filled with an index out of range."""
+        return jnp.asarray(self.table(frequency))[(step - self.start) % frequency]
+
+
+def check_frequency(frequency: int) -> None:
+    if frequency < 1:
+        raise ValueError(f"precondition_frequency={frequency}: give a positive number of steps")
+
+
+def refresh(
+    step: jax.Array,
+    frequency: int,
+    fresh: Callable[..., Any],
+    current: Any,
+    *operands: Any,
+    turns: Any,
+    overdue: Any,
+    stagger: bool,
+    first: Callable[..., Any] | None = None,
+    first_steps: int = 1,
+) -> Any:
+    """Replaces what belongs to a block, for each block once in `frequency` steps.
+
+    Staggered, the blocks take turns, so that no step costs more than another; otherwise all are
+    replaced where `step % frequency == 0`. During the first `first_steps` steps all are replaced,
+    and those that are overdue at any time.
+
+    Args:
+      step: int32 scalar, counted from 0.
+      frequency: steps between two refreshes of a block.
+      fresh: `(current, *operands) -> current`, on leaves of shape `(blocks, ...)`.
+      current: `{group: [piece]}`, of trees of arrays `(n, rows, columns, ...)`: what to replace.
+      *operands: likewise, read by `fresh`.
+      turns: `{group: [Turns]}`.
+      overdue: `{group: [(n, rows, columns) bool]}`: would be used before its first refresh.
+      stagger: whether to spread the refreshes over the steps.
+      first: as `fresh`, for the first steps and what is overdue; `fresh` when None.
+      first_steps: for how many steps `first` runs.
+
+    Returns:
+      The new value of `current`.
+    """
+    is_turns = lambda x: isinstance(x, Turns)
+    pieces = jax.tree.leaves(turns, is_leaf=is_turns)
+    if not pieces:
+        return current
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (current, *operands))
+    late = jax.tree.map(jnp.ravel, overdue)
+
+    def each(function: Callable, tree: Any, *trees: Any) -> Any:
+        """Over the arrays of every piece, beside one value a piece."""
+        at_piece = lambda value, *parts: jax.tree.map(lambda *xs: function(value, *xs), *parts)
+        return jax.tree.map(at_piece, tree, *trees, is_leaf=is_turns)
+
+    def choose(due: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    def refresh_first(flat: Any) -> Any:
+        def due(turn: Turns, late: jax.Array) -> jax.Array:
+            in_turn = turn.due(step, frequency) if stagger else step % frequency == 0
+            return late | in_turn | (step < first_steps)
+
+        return each(choose, each(due, turns, late), flat[0], (first or fresh)(*flat))
+
+    def refresh_due(flat: Any, unless: Any = False) -> Any:
+        def due(turn: Turns, _: Any) -> jax.Array:
+            return jnp.where(unless, len(turn.local), turn.indices(step, frequency))
+
+        indices = each(due, turns, late)
+        old = tuple(each(lambda i, x: x.at[i].get(mode="clip"), indices, part) for part in flat)
+        put = lambda i, x, new: x.at[i].set(new, mode="drop")
+        return each(put, indices, flat[0], fresh(*old))
+
+    refresh_all = lambda flat: fresh(*flat)
+    keep = lambda flat: flat[0]
+    if frequency == 1 and first is None:
+        new = refresh_all(flat)
+    else:
+        is_first = (step < first_steps) | jnp.any(jnp.concatenate(jax.tree.leaves(late)))
+        flat = (jax.lax.cond(is_first, refresh_first, keep, flat), *flat[1:])
+        if frequency == 1 or not stagger:
+            due = ~is_first & (step % frequency == 0)
+            new = jax.lax.cond(due, refresh_all, keep, flat)
+        elif all(len(piece.local) < frequency for piece in pieces):
+            in_turn = [piece.due(step, frequency) for piece in pieces]
+            due = ~is_first & jnp.any(jnp.concatenate(in_turn))
+            new = jax.lax.cond(due, refresh_due, keep, flat)
+        else:
+            # Not a branch, which would copy all to change a part.
+            new = refresh_due(flat, unless=is_first)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, current)
