@@ -62,9 +62,10 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 class Program:
-    """The functions of a run, jitted for the mesh in use (`jax.set_mesh`).
+    """The functions of a run, jitted for the mesh in use (`jax.set_mesh`) when it is made.
 
     Attributes:
+      mesh: that mesh.
       model: the Llama's configuration.
       steps: optimizer steps of the whole run.
       shapes: tree of ParamShape of the parameters.
@@ -72,6 +73,7 @@ class Program:
 
     def __init__(self, config: ConfigDict, vocab_size: int):
         self.config = config
+        self.mesh = jax.sharding.get_mesh()
         self.model = model_config(config, vocab_size)
         self.steps = steps_of(config)
         base = model_config(config, vocab_size, base=True)
@@ -89,7 +91,7 @@ class Program:
 
     @property
     def replicated(self) -> NamedSharding:
-        return NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+        return NamedSharding(self.mesh, PartitionSpec())
 
     @functools.cached_property
     def step(self) -> Any:
@@ -106,17 +108,17 @@ class Program:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Parameters are replicated; the optimizer divides its state as it wants it."""
-        mesh = jax.sharding.get_mesh()
 
         def placed(x: Any) -> jax.ShapeDtypeStruct:
             spec = PartitionSpec() if x.sharding is None else x.sharding.spec
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
 
-        return jax.tree.map(placed, jax.eval_shape(self._init, 0))
+        with jax.set_mesh(self.mesh):
+            return jax.tree.map(placed, jax.eval_shape(self._init, 0))
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        return NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data"))
+        return NamedSharding(self.mesh, PartitionSpec("data"))
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -131,7 +133,8 @@ class Program:
         update = lambda grads, opt_state, params: self._optimizer(Hyperparameters(1.0, 0.0)).update(
             grads, opt_state, params
         )
-        return count_flops(update, state.params, state.opt_state, state.params)
+        with jax.set_mesh(self.mesh):
+            return count_flops(update, state.params, state.opt_state, state.params)
 
     def _merge(self, params: Any) -> Llama:
         return nnx.merge(self._graphdef, params)
