@@ -14,12 +14,21 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import mup_jax
+from mup_jax.transforms.linalg import use_paths_of
 from tests import reference
 
 STACKED = MuonDimensionNumbers(-2, -1)
 # Leaves, their side, and that of their blocks.
 K, N, BLOCK = 4, 12, 6
 RNG = np.random.default_rng(0)
+
+
+# GPUs take one function from each of the other two.
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("gpu", marks=pytest.mark.slow), "tpu"])
+def path(request):
+    """Every property holds for the algorithms of every platform."""
+    with use_paths_of(request.param):
+        yield
 
 
 @pytest.fixture(autouse=True)
