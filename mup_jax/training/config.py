@@ -103,7 +103,8 @@ def check_optimizer(name: str, options: Any) -> None:
     matrix = {"w": jax.ShapeDtypeStruct((2, 2), "float32")}
     try:
         optimizer = OPTIMIZERS[name](1.0, **options)
-        jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), matrix)
+        functions = {"obj_fn": lambda tree: tree["w"].sum(), "logits_fn": lambda tree: tree["w"]}
+        jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w, **functions), matrix)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}.options: {error}") from error
 

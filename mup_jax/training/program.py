@@ -130,16 +130,16 @@ class Program:
     def optimizer_flops(self) -> float:
         """Matrix operations of the optimizer per step."""
         state = self.abstract_state
-        update = lambda grads, opt_state, params: self._optimizer(Hyperparameters(1.0, 0.0)).update(
-            grads, opt_state, params
-        )
+        update = functools.partial(self._update, Hyperparameters(1.0, 0.0))
         with jax.set_mesh(self.mesh):
-            return count_flops(update, state.params, state.opt_state, state.params)
+            return count_flops(update, state.params, state, self.abstract_batch)
 
     def _merge(self, params: Any) -> Llama:
         return nnx.merge(self._graphdef, params)
 
-    def _optimizer(self, hyperparameters: Hyperparameters) -> optax.GradientTransformation:
+    def _optimizer(
+        self, hyperparameters: Hyperparameters
+    ) -> optax.GradientTransformationExtraArgs:
         config = self.config.optimizer
         make = OPTIMIZERS[config.name]
         options = dict(config.options)
@@ -163,13 +163,27 @@ class Program:
     def _loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return cross_entropy(self._merge(params)(batch["inputs"]), batch["targets"])
 
+    def _update(
+        self,
+        hyperparameters: Hyperparameters,
+        gradient: Any,
+        state: TrainState,
+        batch: dict[str, jax.Array],
+    ) -> tuple[Any, optax.OptState]:
+        """The optimizer's updates and state; those without curvature ignore the functions."""
+        return self._optimizer(hyperparameters).update(
+            gradient,
+            state.opt_state,
+            state.params,
+            obj_fn=lambda params: self._loss(params, batch),
+            logits_fn=lambda params: self._merge(params)(batch["inputs"]),
+        )
+
     def _step(
         self, state: TrainState, batch: dict[str, jax.Array], hyperparameters: Hyperparameters
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradient = jax.value_and_grad(self._loss)(state.params, batch)
-        updates, opt_state = self._optimizer(hyperparameters).update(
-            gradient, state.opt_state, state.params
-        )
+        updates, opt_state = self._update(hyperparameters, gradient, state, batch)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,

@@ -59,7 +59,7 @@ def test_cross_entropy():
     np.testing.assert_allclose(cross_entropy(logits, targets), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "sophia"])
 def test_training_reduces_the_loss(name):
     state, metrics = trained(name)
     losses = [values["loss"] for values in metrics]
