@@ -137,9 +137,7 @@ class Program:
     def _merge(self, params: Any) -> Llama:
         return nnx.merge(self._graphdef, params)
 
-    def _optimizer(
-        self, hyperparameters: Hyperparameters
-    ) -> optax.GradientTransformationExtraArgs:
+    def _optimizer(self, hyperparameters: Hyperparameters) -> optax.GradientTransformationExtraArgs:
         config = self.config.optimizer
         make = OPTIMIZERS[config.name]
         options = dict(config.options)
