@@ -188,6 +188,7 @@ class Program:
             "gradient_norm": optax.tree.norm(gradient),
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(params),
+            "nonfinite": _nonfinite(opt_state),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -195,6 +196,12 @@ class Program:
         """Mean loss over stacked batches `(N, B, T)`."""
         losses = jax.lax.map(lambda batch: self._loss(params, batch), batches)
         return losses.mean()
+
+
+def _nonfinite(opt_state: optax.OptState) -> jax.Array:
+    """Matrices of gradients that the optimizer has skipped so far."""
+    counters = [count for _, count in optax.tree.get_all_with_path(opt_state, "nonfinite")]
+    return sum(counters, jnp.zeros((), jnp.int32))
 
 
 def make_program(config: ConfigDict, vocab_size: int) -> Program:

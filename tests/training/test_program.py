@@ -77,13 +77,28 @@ def test_metrics():
     state, first = run_steps(program, 1, 1, optimizer__learning_rate=LEARNING_RATE)
     with jax.set_mesh(mesh_of(1)):
         loss, gradient = program.loss_and_gradient(program.init(0).params, some_tokens(0))
-    assert first[0].keys() == {"loss", "gradient_norm", "update_norm", "parameter_norm"}
+    norms = {"gradient_norm", "update_norm", "parameter_norm"}
+    assert first[0].keys() == {"loss", "nonfinite"} | norms
     np.testing.assert_allclose(first[0]["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(first[0]["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
     np.testing.assert_allclose(first[0]["parameter_norm"], optax.tree.norm(state.params), rtol=1e-5)
     # The schedule starts at zero.
     assert first[0]["update_norm"] == 0
     assert metrics[1]["update_norm"] > 0
+
+
+def test_gradients_that_the_optimizer_skips_are_reported():
+    program = program_of(1, optimizer__name="muon")
+    with jax.set_mesh(mesh_of(1)):
+        state = program.init(0)
+        state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+        hyperparameters = jax.device_put(Hyperparameters(0.1, 0.0), program.replicated)
+        batch = jax.device_put(some_tokens(0), program.batch_sharding)
+        for step in (1, 2):
+            state, metrics = program.step(state, batch, hyperparameters)
+            # Four matrices of attention and three of the feed-forward network.
+            assert metrics["nonfinite"] == 7 * step
+    assert trained("muon")[1][-1]["nonfinite"] == 0
 
 
 def test_evaluation_is_the_mean_loss():
