@@ -10,18 +10,19 @@ from ml_collections import config_flags
 
 
 def run(
-    main: Callable[[Any], None],
+    main: Callable[[Any], int | None],
     *,
     config: str,
     workdir: str,
     define_flags: Callable[[], None] | None = None,
 ) -> None:
-    """Parses the command line and runs `main(flags.FLAGS)`.
+    """Parses the command line and ends the program with the exit code of `main(flags.FLAGS)`.
 
     A ValueError or an OSError ends the program with one line on stderr and exit code 2.
 
     Args:
-      main: reads `config` (a ConfigDict), `workdir` and the flags of `define_flags`.
+      main: reads `config` (a ConfigDict), `workdir` and the flags of `define_flags`; its None is
+        exit code 0.
       config: default of --config.
       workdir: default of --workdir.
       define_flags: defines further flags.
@@ -46,9 +47,9 @@ def run(
             _fail(f"unexpected argument {rest[1]!r}: options begin with --")
         return rest
 
-    def guarded(_: list[str]) -> None:
+    def guarded(_: list[str]) -> int | None:
         try:
-            main(flags.FLAGS)
+            return main(flags.FLAGS)
         except (OSError, ValueError) as error:
             _fail(_one_line(error))
         except KeyboardInterrupt:

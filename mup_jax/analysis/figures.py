@@ -1,6 +1,5 @@
-"""The four figures of a ladder's report, drawn without pyplot and its global state."""
+"""The four figures of a ladder's report."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import AutoLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-# Okabe and Ito's palette, told apart by colour-blind eyes; its yellow is too pale for lines.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+from mup_jax.analysis.style import COLOURS, new_figure, plain_log_scale, style_axes, styles
 
 
 def write_figures(
@@ -46,7 +43,7 @@ def write_figures(
 
 
 def _loss_vs_compute(report: Mapping[str, Any]) -> Figure:
-    figure, axes = _new("training FLOPs", "validation loss")
+    figure, axes = new_figure("training FLOPs", "validation loss")
     compute = _of_rungs(report, "flops")
     for name, summary, style in _optimizers(report):
         for rung, seeds in summary["final_loss_by_seed"].items():
@@ -66,7 +63,7 @@ def _loss_vs_compute(report: Mapping[str, Any]) -> Figure:
 
 def _multiplier_vs_compute(report: Mapping[str, Any]) -> Figure:
     baseline = report["baseline"]
-    figure, axes = _new("training FLOPs", f"compute multiplier over {baseline}")
+    figure, axes = new_figure("training FLOPs", f"compute multiplier over {baseline}")
     compute = _of_rungs(report, "flops")
     others = [x for x in _optimizers(report) if x[0] != baseline and x[1]["compute_multiplier"]]
     if not others:
@@ -113,9 +110,9 @@ def _learning_rate_sweeps(
     for axes in panels[len(optimizers) :]:
         axes.remove()
     for axes, (name, summary) in zip(panels, optimizers.items(), strict=False):
-        _style(axes, "base learning rate", "validation loss")
+        style_axes(axes, "base learning rate", "validation loss")
         axes.set_title(name)
-        for rung, style in zip(rungs, _styles(), strict=False):
+        for rung, style in zip(rungs, styles(), strict=False):
             sweep = summary["learning_rate_sweep"].get(rung, [])
             diverged = [rate for rate, loss in sweep if loss is None]
             at_top = axes.get_xaxis_transform()
@@ -140,7 +137,7 @@ def _learning_rate_sweeps(
         axes.set_xscale("log", base=2)
         tried = {rate for sweep in summary["learning_rate_sweep"].values() for rate, _ in sweep}
         axes.set_xticks(sorted(tried), [f"{rate:.3g}" for rate in sorted(tried)])
-        _plain_log(axes)
+        plain_log_scale(axes)
     entries = {
         label: handle
         for axes in panels
@@ -157,7 +154,7 @@ def _learning_rate_sweeps(
 
 
 def _coordinate_check(report: Mapping[str, Any]) -> Figure:
-    figure, axes = _new("width", "feature change of one step,\nrelative to the smallest rung")
+    figure, axes = new_figure("width", "feature change of one step,\nrelative to the smallest rung")
     width = _of_rungs(report, "width")
     for name, summary, style in _optimizers(report):
         changes = summary["coordinate_check"]
@@ -179,30 +176,9 @@ def _coordinate_check(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _new(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.6), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    _style(axes, x_label, y_label)
-    return figure, axes
-
-
-def _style(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    # Cycles of different lengths: pairs repeat only after 42.
-    for colour, marker in zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False):
-        yield {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.5}
-
-
 def _optimizers(report: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Each optimizer with its summary and the style that it has in every figure."""
-    for (name, summary), style in zip(report["optimizers"].items(), _styles(), strict=False):
+    for (name, summary), style in zip(report["optimizers"].items(), styles(), strict=False):
         yield name, summary, style
 
 
@@ -212,17 +188,9 @@ def _of_rungs(report: Mapping[str, Any], key: str) -> dict[str, float]:
 
 def _log_axes(axes: Axes, compute: Mapping[str, float]) -> None:
     axes.set_xscale("log")
-    _plain_log(axes)
+    plain_log_scale(axes)
     names = axes.secondary_xaxis("top")
     names.set_xticks(list(compute.values()), list(compute))
     names.xaxis.set_minor_locator(NullLocator())
     names.spines["top"].set_visible(False)
     names.tick_params(length=0)
-
-
-def _plain_log(axes: Axes) -> None:
-    """A log scale that spans less than a decade, with round numbers on it."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(AutoLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
