@@ -14,10 +14,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import command
+from experiments.cells.cell import FinishedCells
+from experiments.cells.run import run_cells
 from experiments.ladder.plan import Ladder, default_ladder, describe
 from experiments.ladder.report import write_report
-from experiments.ladder.run import finished_cells, run_ladder
-from experiments.ladder.schedule import missing_tasks
+from experiments.ladder.schedule import missing_tasks, work_of
 from mup_jax.training import claim_workdir
 
 
@@ -31,14 +32,14 @@ def main(flags: Any) -> None:
     machine = {"workers": default_ladder().workers, "platform": default_ladder().platform}
     claim_workdir(workdir, ConfigDict({**flags.config, **machine}))
     if flags.mode == "status":
-        results = finished_cells(workdir)
+        results = FinishedCells(workdir)()
         tasks = missing_tasks(ladder, results)
         print(f"{len(results)} cells have finished; {sum(len(t.cells) for t in tasks)} can run now")
         return
     if flags.mode == "run":
         print(describe(ladder), flush=True)
-        run_ladder(ladder, workdir)
-    print(write_report(finished_cells(workdir), workdir))
+        run_cells(work_of(ladder), workdir)
+    print(write_report(FinishedCells(workdir)(), workdir))
     print(f"report.md, report.json, results.jsonl and figures are in {flags.workdir}")
 
 

@@ -6,25 +6,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from experiments.cells.cell import Cell, check_workers
 from mup_jax import data
 from mup_jax.models.llama import forward_flops_per_token, num_parameters
 from mup_jax.training import config as config_lib
-from mup_jax.training import default_config, identity, validate
+from mup_jax.training import default_config, validate
 
 # Every fraction of a learning rate that is tried is a power of this.
 GRID_STEP = 2.0
-
-
-class Cell(NamedTuple):
-    """One training run of a ladder."""
-
-    rung: str
-    config: ConfigDict
-
-    @property
-    def name(self) -> str:
-        """The name of its folder: equal for equal configurations."""
-        return identity(self.config)
 
 
 class Rung(NamedTuple):
@@ -106,7 +95,8 @@ class Ladder:
             "weight_decay": settings.weight_decay,
             "options": settings.options.to_dict(),
         }
-        return Cell(rung.name, config)
+        label = f"{rung.name} {optimizer} lr {learning_rate:g} seed {seed}"
+        return Cell(rung.name, label, config)
 
     def tuning_cells(self, optimizer: str, learning_rates: Sequence[float]) -> list[Cell]:
         """The cells of these learning rates at the base, every seed."""
@@ -153,11 +143,7 @@ class Ladder:
             raise ValueError(
                 f"config.tokens_per_parameter={config.tokens_per_parameter}: give a value > 0"
             )
-        if config.workers < 1 or (config.workers > 1 and config.platform != "cpu"):
-            raise ValueError(
-                f"config.workers={config.workers} with platform={config.platform!r}: several "
-                "workers share a machine on platform 'cpu' only"
-            )
+        check_workers(config.workers, config.platform)
 
     def _rung(self, width: int, vocab_size: int) -> Rung:
         config = copy.deepcopy(self.config.train)

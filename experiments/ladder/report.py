@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from experiments.cells.cell import Results
 from experiments.ladder.plan import rung_name
-from experiments.ladder.schedule import Results
 from mup_jax import analysis
 from mup_jax.analysis import figures
 from mup_jax.training.metrics import write_atomically

@@ -2,21 +2,9 @@
 
 import math
 import statistics
-from typing import Any, NamedTuple
 
-from experiments.ladder.plan import GRID_STEP, Cell, Ladder
-
-# Cell name -> its result.
-Results = dict[str, dict[str, Any]]
-
-
-class Task(NamedTuple):
-    """Cells of one optimizer at one rung, to be run by one process so that it compiles once."""
-
-    rung: str
-    optimizer: str
-    cells: list[Cell]
-    flops: float
+from experiments.cells.cell import Cell, Results, Task, Work
+from experiments.ladder.plan import GRID_STEP, Ladder
 
 
 def mean_loss(cells: list[Cell], results: Results) -> float:
@@ -68,7 +56,7 @@ def missing_tasks(ladder: Ladder, results: Results) -> list[Task]:
         missing = [cell for cell in cells if cell.name not in results]
         if missing:
             tasks.append(Task(rung.name, optimizer, missing, rung.flops * len(missing)))
-    is_tuning = lambda task: task.rung == ladder.rungs[0].name
+    is_tuning = lambda task: task.size == ladder.rungs[0].name
     return sorted(tasks, key=lambda task: (not is_tuning(task), -task.flops))
 
 
@@ -79,9 +67,20 @@ def remaining_cells(ladder: Ladder, results: Results) -> dict[str, int]:
     """
     counts = dict.fromkeys((rung.name for rung in ladder.rungs), 0)
     for task in missing_tasks(ladder, results):
-        counts[task.rung] += len(task.cells)
+        counts[task.size] += len(task.cells)
     for optimizer in ladder.optimizers:
         if tune(ladder, optimizer, results)[1] is None:
             for rung in ladder.rungs[1:]:
                 counts[rung.name] += len(ladder.transfer_cells(rung, optimizer, 1.0))
     return counts
+
+
+def work_of(ladder: Ladder) -> Work:
+    """The whole ladder, for `run_cells`."""
+    return Work(
+        missing_tasks=lambda results: missing_tasks(ladder, results),
+        remaining_cells=lambda results: remaining_cells(ladder, results),
+        flops={rung.name: rung.flops for rung in ladder.rungs},
+        workers=ladder.config.workers,
+        platform=ladder.config.platform,
+    )

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from configs import ladder_cpu
+from experiments.cells.cell import FinishedCells
 from experiments.ladder.plan import Ladder, default_ladder, describe
 from experiments.ladder.report import write_report
-from experiments.ladder.run import finished_cells
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
 
 
@@ -100,13 +100,13 @@ def test_a_diverged_seed_rules_a_learning_rate_out():
 def test_tasks_appear_as_results_do():
     ladder = Ladder(small_ladder(max_extensions=0))
     tasks = missing_tasks(ladder, {})
-    assert [(t.rung, t.optimizer, len(t.cells)) for t in tasks] == [
+    assert [(t.size, t.name, len(t.cells)) for t in tasks] == [
         ("w8", "adamw", 4),
         ("w8", "muon", 4),
     ]
     results = results_of(tasks[0].cells, log_parabola(8e-3))
     tasks = missing_tasks(ladder, results)
-    assert [(t.rung, t.optimizer) for t in tasks] == [("w8", "muon"), ("w16", "adamw")]
+    assert [(t.size, t.name) for t in tasks] == [("w8", "muon"), ("w16", "adamw")]
     assert remaining_cells(ladder, results) == {"w8": 4, "w16": 8}
     results |= results_of(tasks[1].cells, lambda _: 2.0)
     assert remaining_cells(ladder, results) == {"w8": 4, "w16": 4}
@@ -180,7 +180,7 @@ def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = {name: os.path.getmtime(workdir / "cells" / name / "result.json")
-              for name in finished_cells(workdir)}  # fmt: skip
+              for name in FinishedCells(workdir)()}  # fmt: skip
 
     second = start(config, workdir)
     output, _ = second.communicate(timeout=400)
@@ -199,7 +199,7 @@ def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
         interval = found["compute_multiplier"]["w16"]
         assert interval["low"] <= interval["value"] <= interval["high"]
     lines = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-    assert len(lines) == len(finished_cells(workdir))
+    assert len(lines) == len(FinishedCells(workdir)())
     for line in lines:
         assert {"cell", "rung", "config", "versions", "device", "flops", "seconds"} <= set(line)
     for figure in ("loss_vs_compute", "multiplier_vs_compute", "learning_rate_sweeps"):

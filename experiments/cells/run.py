@@ -1,6 +1,5 @@
-"""Runs the cells of a ladder on worker processes of this machine."""
+"""Runs cells on worker processes of this machine."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -12,48 +11,45 @@ from typing import Any
 
 import jax
 
-from experiments.ladder.plan import Cell, Ladder
-from experiments.ladder.progress import Progress
-from experiments.ladder.schedule import Results, Task, missing_tasks
+from experiments.cells.cell import Cell, FinishedCells, Results, Task, Work
+from experiments.cells.progress import Progress
 from mup_jax.training import train
 
 # In a worker process: where it reports to.
 _reports: Any = None
 
 
-def finished_cells(workdir: Path) -> Results:
-    """The results of all finished cells of a ladder's folder, by cell name."""
-    paths = sorted((workdir / "cells").glob("*/result.json"))
-    return {path.parent.name: json.loads(path.read_text()) for path in paths}
-
-
-def run_ladder(ladder: Ladder, workdir: Path) -> None:
+def run_cells(work: Work, workdir: Path) -> Results:
     """Runs all cells that have not finished, each task on the next free worker.
 
+    Returns:
+      The results of all cells in `workdir`.
+
     Raises:
-      ValueError: as `mup_jax.training.train`, or where an optimizer cannot be tuned.
+      ValueError: as `mup_jax.training.train`, or as the schedule of `work`.
     """
-    if not missing_tasks(ladder, finished_cells(workdir)):
-        return
+    finished = FinishedCells(workdir)
+    if not work.missing_tasks(finished()):
+        return finished()
     context = multiprocessing.get_context("spawn")
     cores, reports = context.Queue(), context.Queue()
-    for i in range(ladder.config.workers):
+    for i in range(work.workers):
         cores.put(i)
-    initial = (ladder.config.platform, str(workdir), cores, reports, os.getpid())
+    initial = (work.platform, str(workdir), cores, reports, os.getpid())
     with (
-        Progress(ladder, reports, lambda: finished_cells(workdir)),
-        ProcessPoolExecutor(ladder.config.workers, context, _start_worker, initial) as pool,
+        Progress(work, reports, finished),
+        ProcessPoolExecutor(work.workers, context, _start_worker, initial) as pool,
     ):
         active: dict[Future[None], Task] = {}
         try:
             while True:
-                running = {(task.rung, task.optimizer) for task in active.values()}
-                for task in missing_tasks(ladder, finished_cells(workdir)):
-                    free = len(active) < ladder.config.workers
-                    if free and (task.rung, task.optimizer) not in running:
+                running = {(task.size, task.name) for task in active.values()}
+                for task in work.missing_tasks(finished()):
+                    free = len(active) < work.workers
+                    if free and (task.size, task.name) not in running:
                         active[pool.submit(_run_task, task, workdir)] = task
                 if not active:
-                    return
+                    return finished()
                 done, _ = wait(active, return_when=FIRST_COMPLETED)
                 for future in done:
                     del active[future]

@@ -1,4 +1,4 @@
-"""Progress of a ladder in the terminal: cells, steps, losses, time left."""
+"""Progress in the terminal: cells, steps, losses, time left."""
 
 import sys
 import threading
@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from experiments.ladder.plan import Cell, Ladder
-from experiments.ladder.schedule import Results, remaining_cells
+from experiments.cells.cell import Cell, Results, Work
 
 _STATUS_SECONDS = 1.0
 
@@ -22,16 +21,15 @@ class Progress:
     A line per finished cell, and in a terminal a line of what is running, rewritten in place.
 
     Args:
-      ladder: what is run.
+      work: what is run.
       reports: a queue of (cell, step, steps, training loss, result or None while it runs).
       finished: reads the results so far.
     """
 
-    def __init__(self, ladder: Ladder, reports: Any, finished: Callable[[], Results]):
-        self._ladder = ladder
+    def __init__(self, work: Work, reports: Any, finished: Callable[[], Results]):
+        self._work = work
         self._reports = reports
         self._finished = finished
-        self._flops = {rung.name: rung.flops for rung in ladder.rungs}
         # Of the cells that finished here, without their compilation: how fast a worker trains.
         self._trained_flops = self._trained_seconds = 0.0
         self._running: dict[str, tuple[Cell, int, int, float | None]] = {}
@@ -66,38 +64,33 @@ class Progress:
         outcome = "diverged" if loss is None else f"validation loss {loss:.4f}"
         clear = "\r\033[K" if sys.stdout.isatty() else ""
         print(
-            f"{clear}[{self._times()}] {_describe(cell)}: {outcome} "
+            f"{clear}[{self._times()}] {cell.label}: {outcome} "
             f"({result['steps']:,} steps, {result['seconds']['total']:.0f} s)",
             flush=True,
         )
 
     def _status(self) -> str:
         running = (
-            f"{_describe(cell)} step {step}/{steps} loss {loss:.3f}"
+            f"{cell.label} step {step}/{steps} loss {loss:.3f}"
             for cell, step, steps, loss in self._running.values()
             if loss is not None
         )
         return f"[{self._times()}] " + " | ".join(running)
 
     def _times(self) -> str:
-        """Rungs and cells that have finished, time so far, and an estimate of the time left."""
+        """Sizes and cells that have finished, time so far, and an estimate of the time left."""
         results = self._finished()
-        remaining = remaining_cells(self._ladder, results)
-        rungs = sum(count == 0 for count in remaining.values())
-        left = sum(self._flops[rung] * count for rung, count in remaining.items()) - sum(
-            self._flops[cell.rung] * step / steps for cell, step, steps, _ in self._running.values()
+        remaining, flops = self._work.remaining_cells(results), self._work.flops
+        sizes = sum(count == 0 for count in remaining.values())
+        left = sum(flops[size] * count for size, count in remaining.items()) - sum(
+            flops[cell.size] * step / steps for cell, step, steps, _ in self._running.values()
         )
         elapsed = time.perf_counter() - self._start
         estimate = "?"
         if self._trained_flops:
-            rate = self._ladder.config.workers * self._trained_flops / self._trained_seconds
+            rate = self._work.workers * self._trained_flops / self._trained_seconds
             estimate = f"~{_minutes(left / rate)}"
         cells = f"{len(results)}/{len(results) + sum(remaining.values())} cells"
-        rungs_done = f"{rungs}/{len(remaining)} rungs"
-        return f"{rungs_done}, {cells}, {_minutes(elapsed)} elapsed, {estimate} left"
-
-
-def _describe(cell: Cell) -> str:
-    config = cell.config
-    rate = config.optimizer.learning_rate
-    return f"{cell.rung} {config.optimizer.name} lr {rate:g} seed {config.seed}"
+        return (
+            f"{sizes}/{len(remaining)} sizes, {cells}, {_minutes(elapsed)} elapsed, {estimate} left"
+        )

@@ -1,0 +1,1 @@
+"""Training runs (cells) by the hundred, each run once, on the next free worker of this machine."""
