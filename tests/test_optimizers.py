@@ -34,6 +34,7 @@ def params_of(width):
 
 PARAMS = params_of(WIDTH)
 SHAPES = infer_shapes(params_of(BASE), PARAMS, depth_ratio=3.0)
+MATRICES = {key: p for key, p in PARAMS.items() if p.ndim > 1}
 
 
 ROUTED = [
@@ -41,6 +42,7 @@ ROUTED = [
     for name, make in OPTIMIZERS.items()
     if "adam_learning_rate" in inspect.signature(make).parameters
 ]
+ALL_MATRICES = [name for name in ROUTED if name != "soap"]  # for which `hidden_only` is an option
 ELEMENTWISE = [name for name in OPTIMIZERS if name not in ROUTED]
 # What makes them quick to compile.
 EXACT = {"orthogonalizer": "svd"}
@@ -75,7 +77,7 @@ def run(transformation, scale=1.0, **extra_args):
 
 @functools.cache
 def compiled(name, with_shapes):
-    """A step with hyperparameters as arguments: learning rates in training programs are traced."""
+    """A step with hyperparameters as arguments: in training programs they are traced."""
 
     def build(hyperparameters):
         return OPTIMIZERS[name](
@@ -92,8 +94,11 @@ def compiled(name, with_shapes):
 @functools.cache
 def run_named(name, with_shapes, learning_rate=0.1, weight_decay=0.0, adam_learning_rate=0.1):
     hyperparameters = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    parameters = inspect.signature(OPTIMIZERS[name]).parameters
     if name in ROUTED:
         hyperparameters["adam_learning_rate"] = adam_learning_rate
+    epsilons = {"eps", "adam_eps", "muon_eps"} & set(parameters)
+    hyperparameters |= {key: parameters[key].default for key in epsilons}
     build, update = compiled(name, with_shapes)
     state, updates = build(hyperparameters).init(PARAMS), []
     for gradient in gradients():
@@ -113,9 +118,13 @@ def test_signature(name):
     optimizer = OPTIMIZERS[name]
     assert getattr(mup_jax, name) is optimizer
     parameters = inspect.signature(optimizer).parameters
-    assert list(parameters)[:4] == ["learning_rate", "schedule", "weight_decay", "shapes"]
-    defaults = [parameters[key].default for key in ("schedule", "weight_decay", "shapes")]
-    assert defaults == [None, 0.0, None]
+    first = {"schedule": None, "weight_decay": 0.0, "shapes": None}
+    last = {"weight_decay_scaling": "1/width", "scale_epsilon": True}
+    if name == "lion":
+        del last["scale_epsilon"]
+    assert list(parameters)[:4] == ["learning_rate", *first]
+    assert list(parameters)[-len(last) :] == list(last)
+    assert {key: parameters[key].default for key in {**first, **last}} == {**first, **last}
     kinds = {p.kind for key, p in parameters.items() if key != "learning_rate"}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
     arguments = re.search(r"Args:\n(.*?)\n\n", inspect.getdoc(optimizer), re.DOTALL)[1]
@@ -140,16 +149,48 @@ def test_updates_are_minus_schedule_times_learning_rate_and_decay(name, with_sha
     assert moves == [name != "adopt", False, True]
 
 
+RULES = {"adamw": rules.adam(), "lamb": rules.lamb(), "muon": rules.muon()}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("scaling", ["1/width", "constant", "coupled", "none"])
+def test_weight_decay_scalings(name, scaling):
+    """Of a parameter without a gradient, decay is all that is left."""
+    options = {"hidden_only": False, **EXACT} if name == "muon" else {}
+    optimizer = OPTIMIZERS[name](
+        0.5,
+        schedule=lambda count: 0.1,
+        weight_decay=0.3,
+        shapes=SHAPES,
+        weight_decay_scaling=scaling,
+        **options,
+    )
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    got, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
+    for key, w in PARAMS.items():
+        rate = 0.5 * RULES[name].learning_rate(SHAPES[key])
+        factors = {"1/width": BASE / WIDTH, "constant": 1.0, "coupled": rate, "none": 0.0}
+        factor = 0.0 if key == "gain" else factors[scaling]
+        np.testing.assert_allclose(got[key], -0.1 * 0.3 * factor * w, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_unknown_weight_decay_scaling(name):
+    with pytest.raises(ValueError, match=r"weight_decay_scaling='width'.*'coupled'"):
+        OPTIMIZERS[name](0.1, weight_decay_scaling="width")
+
+
 @functools.cache
 def first_step(name):
     """The first updates by the defaults."""
     return step_once(OPTIMIZERS[name](0.1, shapes=SHAPES, **OPTIONS[name]), **EXTRA[name])
 
 
-def step_once(optimizer, state=None, **extra_args):
-    state = optimizer.init(PARAMS) if state is None else state
-    update = jax.jit(lambda g, state: optimizer.update(g, state, PARAMS, **extra_args)[0])
-    return update(next(gradients()), state)
+def step_once(optimizer, state=None, params=PARAMS, **extra_args):
+    state = optimizer.init(params) if state is None else state
+    update = jax.jit(lambda g, state: optimizer.update(g, state, params, **extra_args)[0])
+    gradient = next(gradients())
+    return update({key: gradient[key] for key in params}, state)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -192,7 +233,7 @@ def test_adam_has_what_is_not_hidden_at_its_own_learning_rate(name, with_shapes)
                 assert s == 0 or gap > 0.1 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTED if name != "soap"])
+@pytest.mark.parametrize("name", ALL_MATRICES)
 def test_adam_has_the_common_learning_rate_by_default(name):
     assert_trees_close(first_step(name), run_named(name, True)[0])
 
@@ -225,6 +266,43 @@ def test_hidden_matrices_get_the_direction_by_its_rule(name):
         u, state = update(gradient["hidden"], state)
         want = -0.1 * s * rule.learning_rate(SHAPES["hidden"]) * u
         assert np.linalg.norm(got["hidden"] - want) <= 2e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("name", ALL_MATRICES)
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_embedding_and_readout_can_have_the_direction_too(name, spectral_norm):
+    make = functools.partial(OPTIMIZERS[name], 0.1, shapes=SHAPES, **OPTIONS[name])
+    got = step_once(make(hidden_only=False, spectral_norm=spectral_norm))
+    direction, rule = DIRECTIONS[name]
+    u = step_once(direction, params=MATRICES)
+    normalize = mup_jax.normalize_spectral_norm()
+    normalized, _ = normalize.update(u, normalize.init(MATRICES))
+    normalized["embed"] = u["embed"] / jnp.sqrt(jnp.mean(jnp.square(u["embed"])))
+    for key in MATRICES:
+        by_rule = rule.learning_rate(SHAPES[key]) * u[key]
+        want = -0.1 * (normalized[key] if spectral_norm else by_rule)
+        assert np.linalg.norm(got[key] - want) <= 2e-3 * np.linalg.norm(want)
+    adam = first_step(name)["gain"]
+    np.testing.assert_allclose(got["gain"], adam, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"exponent": 0.25, "block_size": None}, {"block_size": 8}])
+def test_shampoo_without_grafting(options):
+    got = step_once(mup_jax.shampoo(0.1, shapes=SHAPES, grafted=False, **options))["hidden"]
+    direction = mup_jax.scale_by_shampoo(0.95, 0.98, **options)
+    rate = 0.1 * rules.shampoo(**options).learning_rate(SHAPES["hidden"])
+    want = -rate * step_once(direction, params=MATRICES)["hidden"]
+    assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
+
+
+def test_epsilon_of_the_direction_can_be_the_same_at_every_size():
+    one_step = {"orthogonalizer": "newton_schulz", "steps": 1}
+    make = functools.partial(mup_jax.muon, 0.1, shapes=SHAPES, eps=10.0, **one_step)
+    scaled, constant = (step_once(make(scale_epsilon=on))["hidden"] for on in (True, False))
+    for got, eps in ((scaled, 10 * rules.muon().epsilon(SHAPES["hidden"])), (constant, 10.0)):
+        direction = mup_jax.scale_by_muon(eps=eps, **one_step)
+        want = -0.1 * step_once(direction, params=MATRICES)["hidden"]
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -269,15 +347,19 @@ BY_EPSILON = {
 }
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
-def test_every_parameter_gets_the_direction_by_its_rule(name):
+@pytest.mark.parametrize(
+    ("name", "scale_epsilon"),
+    [(name, on) for name in ELEMENTWISE for on in (True, False) if on or name != "lion"],
+)
+def test_every_parameter_gets_the_direction_by_its_rule(name, scale_epsilon):
     """With ε, and Sophia's γ, in the units of each parameter's gradient."""
-    options = {} if name == "lion" else {"eps": 1.0}
+    options = {} if name == "lion" else {"eps": 1.0, "scale_epsilon": scale_epsilon}
     options |= {"gamma": GAMMA} if name == "sophia" else {}
     got = run(OPTIMIZERS[name](0.1, shapes=SHAPES, **options), **EXTRA[name])
     rule = getattr(rules, {"adamw": "adam"}.get(name, name))()
     for key, shape in SHAPES.items():
-        want = run(BY_EPSILON[name](rule.epsilon(shape)), **EXTRA[name])
+        eps = rule.epsilon(shape) if scale_epsilon else 1.0
+        want = run(BY_EPSILON[name](eps), **EXTRA[name])
         for u, direction in zip(got, want, strict=True):
             expected = -0.1 * rule.learning_rate(shape) * direction[key]
             np.testing.assert_allclose(u[key], expected, rtol=1e-4, atol=1e-6)

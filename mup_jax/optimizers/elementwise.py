@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from mup_jax.optimizers.assembly import Scalar, adam, assemble, scaled
+from mup_jax.optimizers.assembly import Assembly, Scalar, WeightDecayScaling
 from mup_jax.transfer import rules
 from mup_jax.transfer.rules import Rule
 from mup_jax.transfer.shapes import map_shapes
@@ -33,17 +33,23 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW.
 
     Args:
       learning_rate: η of the base model.
       schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
-      weight_decay: λ of the base model, per step, independent of η.
+      weight_decay: λ of the base model, per step; of matrices only.
       shapes: from `infer_shapes`; None for standard parametrization.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
+      weight_decay_scaling: λ of a parameter: "1/width" over its width ratio (best for every
+        optimizer in Qiu et al.); "constant" the same at every size (Gupta et al.); "coupled" times
+        its η, as in `optax.adamw`; "none" no decay at all.
+      scale_epsilon: whether ε follows its rule; otherwise it is the same at every size.
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
@@ -51,7 +57,10 @@ def adamw(
     References:
       Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2017.
     """
-    return assemble(adam(b1, b2, eps, shapes, learning_rate), schedule, weight_decay, shapes)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
+    return of.whole(of.adam(b1, b2, eps))
 
 
 def adopt(
@@ -63,11 +72,14 @@ def adopt(
     b1: float = 0.9,
     b2: float = 0.9999,
     eps: float = 1e-6,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """ADOPT, with clipping: `optax.contrib.scale_by_adopt`. The first step updates nothing.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
+        `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: least root of the second moment in the base model, in units of the gradient.
@@ -79,8 +91,10 @@ def adopt(
       Taniguchi et al., `ADOPT <https://arxiv.org/abs/2411.02853>`_, 2024.
     """
     direction = optax.contrib.scale_by_adopt(b1, b2, eps)
-    by_rule = scaled(direction, rules.adopt(), shapes, learning_rate)
-    return assemble(by_rule, schedule, weight_decay, shapes)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
+    return of.whole(of.scaled(direction, rules.adopt()))
 
 
 def lamb(
@@ -93,14 +107,17 @@ def lamb(
     b2: float = 0.999,
     eps: float = 1e-6,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB: Adam's direction r times the trust ratio ‖W‖/‖r‖ of each matrix.
 
-    Weight decay is independent, as everywhere here: it stays out of the trust ratio, in which
-    `optax.lamb` has it. As there, the ratio is 1 where W or r is zero.
+    Weight decay stays out of the trust ratio, in which `optax.lamb` has it. As there, the ratio is
+    1 where W or r is zero.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
+        `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
@@ -115,8 +132,10 @@ def lamb(
     direction = optax.chain(
         optax.scale_by_adam(b1, b2, eps), _scale_by_trust_ratio(weight_dimension_numbers)
     )
-    by_rule = scaled(direction, rules.lamb(), shapes, learning_rate)
-    return assemble(by_rule, schedule, weight_decay, shapes)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
+    return of.whole(of.scaled(direction, rules.lamb()))
 
 
 def lion(
@@ -127,11 +146,12 @@ def lion(
     shapes: PyTree | None = None,
     b1: float = 0.9,
     b2: float = 0.99,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
 ) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of the momentum.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling: as in `adamw`.
       b1: weight of the momentum against the gradient in the sign.
       b2: decay of the momentum.
 
@@ -141,8 +161,8 @@ def lion(
     References:
       Chen et al., `Lion <https://arxiv.org/abs/2302.06675>`_, 2023.
     """
-    by_rule = scaled(optax.scale_by_lion(b1, b2), rules.lion(), shapes, learning_rate)
-    return assemble(by_rule, schedule, weight_decay, shapes)
+    of = Assembly(learning_rate, schedule, weight_decay, shapes, weight_decay_scaling)
+    return of.whole(of.scaled(optax.scale_by_lion(b1, b2), rules.lion()))
 
 
 def sophia(
@@ -158,6 +178,8 @@ def sophia(
     update_interval: int = 10,
     curvature: Curvature = "hutchinson",
     seed: int = 0,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia: momentum over a diagonal of curvature, clipped to ±1.
 
@@ -165,7 +187,8 @@ def sophia(
     of entries is clipped at every size.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling: as in `adamw`.
+      scale_epsilon: as in `adamw`; of γ too.
       b1: decay of the momentum.
       b2: decay of the curvature, once in `update_interval` steps.
       gamma: γ of the base model; None for the paper's, 0.01 for "hutchinson" and 0.05 for "gnb".
@@ -206,10 +229,12 @@ def sophia(
         )
         # Optax offers its direction with a learning rate and a sign only.
         direction = optax.chain(whole, optax.scale(-1.0))
-    if shapes is not None:
+    if shapes is not None and scale_epsilon:
         direction = _with_functions_in_units_of_gradients(direction, rules.sophia(), shapes)
-    by_rule = scaled(direction, rules.sophia(), shapes, learning_rate)
-    return assemble(by_rule, schedule, weight_decay, shapes)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
+    return of.whole(of.scaled(direction, rules.sophia()))
 
 
 def _scale_by_trust_ratio(numbers: WeightDimensionNumbers) -> optax.GradientTransformation:

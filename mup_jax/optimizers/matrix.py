@@ -1,11 +1,12 @@
-"""Optimizers with a preconditioned direction for hidden matrices, and Adam for the others."""
+"""Optimizers with a preconditioned direction for matrices, and Adam for the other parameters."""
 
 from typing import Any
 
 import optax
 
-from mup_jax.optimizers.assembly import Scalar, adam, assemble, route, scaled
+from mup_jax.optimizers.assembly import Assembly, Scalar, WeightDecayScaling
 from mup_jax.transfer import rules
+from mup_jax.transfer.rules import Rule
 from mup_jax.transforms.adamuon import scale_by_adamuon
 from mup_jax.transforms.blocking import Sides
 from mup_jax.transforms.grafting import graft
@@ -30,21 +31,24 @@ def adamuon(
     muon_eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
     steps: int | None = None,
+    hidden_only: bool = True,
     spectral_norm: bool = False,
     adam_learning_rate: Scalar | None = None,
     adam_b1: float = 0.8,
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMuon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
+        `adamw`.
       b1, b2, eps, nesterov, muon_eps, orthogonalizer, steps, weight_dimension_numbers: as in
         `scale_by_adamuon`.
-      spectral_norm: as in `muon`.
-      adam_learning_rate, adam_b1, adam_b2, adam_eps: as in `muon`.
+      hidden_only, spectral_norm, adam_learning_rate, adam_b1, adam_b2, adam_eps: as in `muon`.
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
@@ -62,11 +66,14 @@ def adamuon(
         steps=steps,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    normalize = _spectral(spectral_norm, weight_dimension_numbers)
-    hidden = scaled(direction, rules.adamuon(), shapes, learning_rate, normalize)
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    other = adam(adam_b1, adam_b2, adam_eps, shapes, rate)
-    return assemble(route(shapes, other, hidden=hidden), schedule, weight_decay, shapes)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
+    by_role = _on_matrices(
+        of, direction, rules.adamuon(), hidden_only, spectral_norm, weight_dimension_numbers
+    )
+    other = of.adam(adam_b1, adam_b2, adam_eps, adam_learning_rate)
+    return of.whole(of.route(other, **by_role))
 
 
 def muon(
@@ -80,20 +87,26 @@ def muon(
     eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
     steps: int | None = None,
+    hidden_only: bool = True,
     spectral_norm: bool = False,
     adam_learning_rate: Scalar | None = None,
     adam_b1: float = 0.8,
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon on hidden matrices, Adam on embedding, readout and vectors ("Muon-Adam" of Qiu et al.).
+    """Muon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
+        `adamw`.
       beta, nesterov, eps, orthogonalizer, steps, weight_dimension_numbers: as in `scale_by_muon`.
-      spectral_norm: whether to follow the direction by `normalize_spectral_norm`; η of what is
-        normalized is the same at every size.
+      hidden_only: whether embedding and readout are left to Adam ("Muon-Adam" of Qiu et al.);
+        otherwise they take the direction too ("Muon"), and vectors alone have Adam.
+      spectral_norm: whether to follow the direction by `normalize_spectral_norm`, on embeddings by
+        `normalize_rms`; η of what is normalized is the same at every size.
       adam_learning_rate: η of Adam in the base model; None for `learning_rate`.
       adam_b1: decay of Adam's momentum.
       adam_b2: decay of Adam's second moment.
@@ -113,11 +126,14 @@ def muon(
         steps=steps,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    normalize = _spectral(spectral_norm, weight_dimension_numbers)
-    hidden = scaled(direction, rules.muon(), shapes, learning_rate, normalize)
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    other = adam(adam_b1, adam_b2, adam_eps, shapes, rate)
-    return assemble(route(shapes, other, hidden=hidden), schedule, weight_decay, shapes)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
+    by_role = _on_matrices(
+        of, direction, rules.muon(), hidden_only, spectral_norm, weight_dimension_numbers
+    )
+    other = of.adam(adam_b1, adam_b2, adam_eps, adam_learning_rate)
+    return of.whole(of.route(other, **by_role))
 
 
 def shampoo(
@@ -134,23 +150,30 @@ def shampoo(
     max_preconditioner_dim: int = 10_000,
     precondition_frequency: int = 10,
     stagger: bool = True,
+    grafted: bool = True,
+    hidden_only: bool = True,
     spectral_norm: bool = False,
     adam_learning_rate: Scalar | None = None,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo² with blocks, grafted to Adam, on hidden matrices; Adam on the others.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
+        `adamw`.
       b1, b2: as in `scale_by_shampoo`; of Adam too.
       eps, exponent, block_size, max_preconditioner_dim, precondition_frequency, stagger,
         weight_dimension_numbers: as in `scale_by_shampoo`.
+      grafted: whether Adam sets the size of the updates, matrix by matrix; otherwise they are
+        those of Shampoo, whose η is of another order of magnitude.
+      hidden_only: as in `muon`.
       spectral_norm: as in `muon`; it leaves nothing of the grafting.
-      adam_learning_rate: η of embedding, readout and vectors in the base model; None for
+      adam_learning_rate: η of Adam in the base model, where it has parameters of its own; None for
         `learning_rate`.
-      adam_eps: ε of Adam in the base model, also of the Adam that sets the size of Shampoo's
-        updates.
+      adam_eps: ε of Adam in the base model, where it sets the size of Shampoo's updates too.
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
@@ -159,26 +182,33 @@ def shampoo(
       Gupta et al., `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018; Shi et al., `Distributed
       Shampoo <https://arxiv.org/abs/2309.06497>`_, 2023; as in Qiu et al.
     """
-    direction = graft(
-        optax.scale_by_adam(b1, b2, adam_eps),
-        scale_by_shampoo(
-            b1,
-            b2,
-            eps,
-            exponent=exponent,
-            block_size=block_size,
-            max_preconditioner_dim=max_preconditioner_dim,
-            precondition_frequency=precondition_frequency,
-            stagger=stagger,
-            weight_dimension_numbers=weight_dimension_numbers,
-        ),
+    blocks: dict[str, Any] = {
+        "exponent": exponent,
+        "block_size": block_size,
+        "max_preconditioner_dim": max_preconditioner_dim,
+    }
+    direction = scale_by_shampoo(
+        b1,
+        b2,
+        eps,
+        **blocks,
+        precondition_frequency=precondition_frequency,
+        stagger=stagger,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    normalize = _spectral(spectral_norm, weight_dimension_numbers)
-    hidden = scaled(direction, rules.grafted(rules.adam()), shapes, learning_rate, normalize)
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    other = adam(b1, b2, adam_eps, shapes, rate)
-    return assemble(route(shapes, other, hidden=hidden), schedule, weight_decay, shapes)
+    rule = rules.shampoo(**blocks)
+    if grafted:
+        magnitude = optax.scale_by_adam(b1, b2, adam_eps)
+        direction = graft(magnitude, direction, weight_dimension_numbers=weight_dimension_numbers)
+        rule = rules.grafted(rules.adam())
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
+    by_role = _on_matrices(
+        of, direction, rule, hidden_only, spectral_norm, weight_dimension_numbers
+    )
+    other = of.adam(b1, b2, adam_eps, adam_learning_rate)
+    return of.whole(of.route(other, **by_role))
 
 
 def soap(
@@ -198,15 +228,18 @@ def soap(
     spectral_norm: bool = False,
     adam_learning_rate: Scalar | None = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP with blocks on matrices, on the width side alone of embedding and readout.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
+        `adamw`.
       b1, b2, eps: as in `scale_by_soap`; of Adam too. ε is that of the base model.
       block_size, max_preconditioner_dim, precondition_frequency, exact_steps, stagger,
         weight_dimension_numbers: as in `scale_by_soap`.
-      spectral_norm: as in `muon`; on embeddings it is `normalize_rms`.
+      spectral_norm: as in `muon`.
       adam_learning_rate: η of Adam in the base model, which then takes embedding and readout; None
         leaves them to SOAP. Vectors have Adam either way, at this rate or at `learning_rate`.
 
@@ -220,12 +253,11 @@ def soap(
         "block_size": block_size,
         "max_preconditioner_dim": max_preconditioner_dim,
     }
-    spectral = _spectral(spectral_norm, weight_dimension_numbers)
-    rms = normalize_rms(weight_dimension_numbers=weight_dimension_numbers)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+    )
 
-    def on(
-        sides: Sides, normalize: optax.GradientTransformation | None
-    ) -> optax.GradientTransformation:
+    def on(role: str, sides: Sides) -> optax.GradientTransformation:
         direction = scale_by_soap(
             b1,
             b2,
@@ -237,17 +269,33 @@ def soap(
             sides=sides,
             weight_dimension_numbers=weight_dimension_numbers,
         )
-        rule = rules.soap(**blocks, sides=sides)
-        return scaled(direction, rule, shapes, learning_rate, normalize)
+        normalize = _normalizer(role, weight_dimension_numbers) if spectral_norm else None
+        return of.scaled(direction, rules.soap(**blocks, sides=sides), normalize=normalize)
 
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    other = adam(b1, b2, eps, shapes, rate)
-    by_role = {"hidden": on("both", spectral)}
+    by_role = {"hidden": on("hidden", "both")}
     if adam_learning_rate is None:
-        by_role["embedding"] = on("out", rms if spectral_norm else None)
-        by_role["readout"] = on("in", spectral)
-    return assemble(route(shapes, other, **by_role), schedule, weight_decay, shapes)
+        by_role |= {"embedding": on("embedding", "out"), "readout": on("readout", "in")}
+    return of.whole(of.route(of.adam(b1, b2, eps, adam_learning_rate), **by_role))
 
 
-def _spectral(wanted: bool, numbers: WeightDimensionNumbers) -> optax.GradientTransformation | None:
-    return normalize_spectral_norm(weight_dimension_numbers=numbers) if wanted else None
+def _on_matrices(
+    of: Assembly,
+    direction: optax.GradientTransformation,
+    rule: Rule,
+    hidden_only: bool,
+    spectral_norm: bool,
+    numbers: WeightDimensionNumbers,
+) -> dict[str, optax.GradientTransformation]:
+    """The direction by its rule, for each role that has it."""
+    roles = ("hidden",) if hidden_only else ("embedding", "hidden", "readout")
+    return {
+        role: of.scaled(
+            direction, rule, normalize=_normalizer(role, numbers) if spectral_norm else None
+        )
+        for role in roles
+    }
+
+
+def _normalizer(role: str, numbers: WeightDimensionNumbers) -> optax.GradientTransformation:
+    normalize = normalize_rms if role == "embedding" else normalize_spectral_norm
+    return normalize(weight_dimension_numbers=numbers)

@@ -1,7 +1,7 @@
 """µP as a wrapper around any transformation, and independent weight decay."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import optax
@@ -58,26 +58,28 @@ def mup(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-WeightDecayScaling = Literal["1/width", "constant"]
+IndependentScaling = Literal["1/width", "constant", "none"]
 
 
 def add_independent_weight_decay(
     weight_decay: float | jax.Array,
     shapes: PyTree | None = None,
     *,
-    scaling: WeightDecayScaling = "1/width",
+    scaling: IndependentScaling | Rule = "1/width",
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
     r"""Adds λ·W to updates that already carry their learning rate.
 
     Place it after the learning rate and before the schedule and the sign, so that
-    W ← W - s(t)·(η·u + λ·W).
+    W ← W - s(t)·(η·u + λ·W). Placed before the learning rate, with the optimizer's rule as
+    `scaling`, it is coupled decay instead, as in `optax.adamw`: W ← W - s(t)·η·(u + λ·W).
 
     Args:
       weight_decay: λ at the base width, per step; not multiplied by the learning rate.
       shapes: from `infer_shapes`; None means the base model itself, where λ is as given.
-      scaling: "1/width" divides λ by the width ratio of each parameter ([Q]: best for every
-        optimizer), "constant" does not (µP theory and [G]).
+      scaling: "1/width" divides λ by the width ratio of each parameter (Qiu et al.,
+        arXiv 2512.05620: best for every optimizer), "constant" does not (µP theory and Gupta et
+        al., arXiv 2602.20937), "none" adds nothing; a Rule multiplies λ by its factor of η.
       mask: which parameters to decay, as in `optax.add_decayed_weights`; None means all but scalars
         and vectors.
 
@@ -87,15 +89,24 @@ def add_independent_weight_decay(
     Raises:
       ValueError: unknown scaling; at `update`, no parameters.
     """
-    if scaling not in ("1/width", "constant"):
-        raise ValueError(f"scaling={scaling!r}: choose '1/width' or 'constant'")
+    if not isinstance(scaling, Rule) and scaling not in get_args(IndependentScaling):
+        raise ValueError(
+            f"scaling={scaling!r}: choose '1/width', 'constant' or 'none', or for coupled decay "
+            "give the optimizer's rule"
+        )
+    if scaling == "none":
+        return optax.identity()
+
+    def factor(shape: ParamShape | None) -> float:
+        if shape is None or scaling == "constant":
+            return 1.0
+        return scaling.learning_rate(shape) if isinstance(scaling, Rule) else 1 / shape.width_ratio
 
     def decay(shape: ParamShape | None, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         u, w = pair
         if mask is None and (w.ndim < 2 or (shape is not None and shape.role == "vector")):
             return u
-        ratio = 1.0 if shape is None or scaling == "constant" else shape.width_ratio
-        return u + (weight_decay / ratio) * w
+        return u + weight_decay * factor(shape) * w
 
     def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:

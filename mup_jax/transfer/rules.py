@@ -90,6 +90,10 @@ class Rule:
         degree = self.homogeneity - missing_sides * self.homogeneity_per_side
         return self.learning_rate(shape) * self.gradient_scale(shape) ** -degree
 
+    def with_constant_epsilon(self) -> "Rule":
+        """The rule with ε the same at every size."""
+        return replace(self, epsilon_law=PowerLaw(), epsilon_per_side=PowerLaw())
+
     def _factor(self, law: PowerLaw, per_side: PowerLaw, shape: ParamShape) -> float:
         here = (shape.d_in, shape.d_out)
         base = (shape.base_d_in, shape.base_d_out)

@@ -185,6 +185,7 @@ def decay_of(transformation, params=VECTOR):
         ({}, 0.6, 0.0),
         ({"shapes": VECTOR_SHAPES}, 0.2, 0.0),
         ({"shapes": VECTOR_SHAPES, "scaling": "constant"}, 0.6, 0.0),
+        ({"shapes": VECTOR_SHAPES, "scaling": "none"}, 0.0, 0.0),
         ({"mask": lambda p: jax.tree.map(lambda x: True, p)}, 0.6, 0.6),
         ({"shapes": VECTOR_SHAPES, "mask": lambda p: jax.tree.map(lambda x: True, p)}, 0.2, 0.2),
     ],
@@ -200,6 +201,16 @@ def test_a_mask_says_what_decays(shapes):
     mask = {"embed": False, "hidden": True, "head": False, "gain": False}
     got = decay_of(add_independent_weight_decay(0.6, shapes, scaling="constant", mask=mask))
     assert got == pytest.approx({key: 0.6 * decays for key, decays in mask.items()}, abs=1e-6)
+
+
+def test_coupled_weight_decay_stands_before_the_learning_rate():
+    decay = add_independent_weight_decay(0.6, VECTOR_SHAPES, scaling=rules.muon())
+    chain = optax.chain(decay, optax.scale(0.5))
+    zero = jax.tree.map(jnp.zeros_like, VECTOR)
+    got, _ = chain.update(zero, chain.init(VECTOR), VECTOR)
+    for key, shape in VECTOR_SHAPES.items():
+        want = 0.0 if key == "gain" else 0.5 * 0.6 * rules.muon().learning_rate(shape)
+        np.testing.assert_allclose(got[key], want, rtol=1e-6)
 
 
 def test_stacked_vectors_are_vectors_by_their_role():
@@ -221,7 +232,7 @@ def test_weight_decay_needs_parameters_and_a_known_scaling():
     transformation = add_independent_weight_decay(0.1)
     with pytest.raises(ValueError, match="needs the parameters"):
         transformation.update(PARAMS, transformation.init(PARAMS))
-    with pytest.raises(ValueError, match="1/width"):
+    with pytest.raises(ValueError, match=r"'coupled'.*'1/width'.*rule"):
         add_independent_weight_decay(0.1, scaling="coupled")
     transformation = add_independent_weight_decay(0.1, SHAPES)
     with pytest.raises(ValueError, match="infer_shapes"):
