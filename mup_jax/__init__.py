@@ -16,10 +16,12 @@ from mup_jax.optimizers import (
     sophia,
 )
 from mup_jax.transfer import (
+    CoordinateCheck,
     ParamShape,
     PowerLaw,
     Rule,
     add_independent_weight_decay,
+    coord_check,
     infer_shapes,
     mup,
     rules,
@@ -36,6 +38,7 @@ from mup_jax.transforms import (
 )
 
 __all__ = [
+    "CoordinateCheck",
     "ParamShape",
     "PowerLaw",
     "Rule",
@@ -43,6 +46,7 @@ __all__ = [
     "adamw",
     "add_independent_weight_decay",
     "adopt",
+    "coord_check",
     "graft",
     "infer_shapes",
     "lamb",

@@ -7,6 +7,7 @@ F = mlp_ratio * D.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -106,30 +107,56 @@ class Llama(nnx.Module):
         Returns:
           float32 logits of shape `(B, T, V)`.
         """
-        x_BTD = _rms_norm(self.features(tokens_BT))
-        readout_DV = self.readout[...].astype(x_BTD.dtype)
-        return jnp.matmul(x_BTD, readout_DV, preferred_element_type=jnp.float32)
+        return self._logits(self.features(tokens_BT))
 
     def features(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream after the last block, before the final norm, `(B, T, D)`.
 
         The coordinate check measures how much training moves it.
         """
-        config = self.config
-        embedding_VD = self.embedding[...].astype(config.dtype)
+        return self._apply_blocks(self._embed(tokens_BT), lambda x_BTD: None)[0]
+
+    def activations(self, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+        """The residual stream on its way through the blocks, and the logits.
+
+        Names are the same at every width and depth: "embedding", "middle block", "last block" and
+        "logits".
+        """
+        x_BTD = self._embed(tokens_BT)
+        last_BTD, blocks_LBTD = self._apply_blocks(x_BTD, lambda x_BTD: x_BTD)
+        return {
+            "embedding": x_BTD,
+            "middle block": blocks_LBTD[(self.config.depth - 1) // 2],
+            "last block": last_BTD,
+            "logits": self._logits(last_BTD),
+        }
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        embedding_VD = self.embedding[...].astype(self.config.dtype)
         # A lookup must be told its sharding under explicit meshes: that of the tokens.
         tokens_sharding = jax.typeof(tokens_BT).sharding
-        x_BTD = embedding_VD.at[tokens_BT].get(
+        return embedding_VD.at[tokens_BT].get(
             out_sharding=tokens_sharding.update(spec=PartitionSpec(*tokens_sharding.spec, None))
         )
-        rotation = _rotation(tokens_BT.shape[1], config)
+
+    def _apply_blocks(
+        self, x_BTD: jax.Array, keep: Callable[[jax.Array], jax.Array | None]
+    ) -> tuple[jax.Array, Any]:
+        """The residual stream after the last block, and what is kept of it after each."""
+        rotation = _rotation(x_BTD.shape[1], self.config)
         block, stacked_params = nnx.split(self.layers)
 
-        def apply_block(x_BTD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(block, params)(x_BTD, rotation), None
+        def apply_block(x_BTD: jax.Array, params: nnx.State) -> tuple[jax.Array, jax.Array | None]:
+            x_BTD = nnx.merge(block, params)(x_BTD, rotation)
+            return x_BTD, keep(x_BTD)
 
         # Scanned, so that compile time does not grow with depth.
-        return jax.lax.scan(apply_block, x_BTD, stacked_params)[0]
+        return jax.lax.scan(apply_block, x_BTD, stacked_params)
+
+    def _logits(self, features_BTD: jax.Array) -> jax.Array:
+        x_BTD = _rms_norm(features_BTD)
+        readout_DV = self.readout[...].astype(x_BTD.dtype)
+        return jnp.matmul(x_BTD, readout_DV, preferred_element_type=jnp.float32)
 
 
 class _Block(nnx.Module):

@@ -24,7 +24,7 @@ from mup_jax.training.flops import count_flops
 from mup_jax.transfer import infer_shapes
 
 # Blocks are stacked: (layers, d_in, d_out).
-_WEIGHT_DIMENSION_NUMBERS = MuonDimensionNumbers(-2, -1)
+WEIGHT_DIMENSION_NUMBERS = MuonDimensionNumbers(-2, -1)
 
 
 class TrainState(NamedTuple):
@@ -81,11 +81,11 @@ class Program:
         self.shapes = infer_shapes(
             _abstract_model(base)[1],
             params,
-            weight_dimension_numbers=_WEIGHT_DIMENSION_NUMBERS,
+            weight_dimension_numbers=WEIGHT_DIMENSION_NUMBERS,
             depth_ratio=self.model.depth / base.depth,
             roles=roles,
         )
-        self.loss_and_gradient = jax.jit(jax.value_and_grad(self._loss))
+        self.loss_and_gradient = jax.jit(jax.value_and_grad(self.loss))
         self.evaluate = jax.jit(self._evaluate)
         self.features = jax.jit(lambda params, inputs: self._merge(params).features(inputs))
 
@@ -137,12 +137,13 @@ class Program:
     def _merge(self, params: Any) -> Llama:
         return nnx.merge(self._graphdef, params)
 
-    def _optimizer(self, hyperparameters: Hyperparameters) -> optax.GradientTransformationExtraArgs:
+    def optimizer(self, hyperparameters: Hyperparameters) -> optax.GradientTransformationExtraArgs:
+        """Clipping, the optimizer, its schedule and weight decay."""
         config = self.config.optimizer
         make = OPTIMIZERS[config.name]
         options = dict(config.options)
         if "weight_dimension_numbers" in inspect.signature(make).parameters:
-            options["weight_dimension_numbers"] = _WEIGHT_DIMENSION_NUMBERS
+            options["weight_dimension_numbers"] = WEIGHT_DIMENSION_NUMBERS
         optimizer = make(
             hyperparameters.learning_rate,
             weight_decay=hyperparameters.weight_decay,
@@ -155,11 +156,16 @@ class Program:
     def _init(self, seed: jax.Array) -> TrainState:
         model = Llama(self.model, rngs=nnx.Rngs(jax.random.key(seed)))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        opt_state = self._optimizer(Hyperparameters(1.0, 0.0)).init(params)
+        opt_state = self.optimizer(Hyperparameters(1.0, 0.0)).init(params)
         return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
 
-    def _loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        """In nats per token."""
         return cross_entropy(self._merge(params)(batch["inputs"]), batch["targets"])
+
+    def activations(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Of `Llama.activations`."""
+        return self._merge(params).activations(batch["inputs"])
 
     def _update(
         self,
@@ -169,18 +175,18 @@ class Program:
         batch: dict[str, jax.Array],
     ) -> tuple[Any, optax.OptState]:
         """The optimizer's updates and state; those without curvature ignore the functions."""
-        return self._optimizer(hyperparameters).update(
+        return self.optimizer(hyperparameters).update(
             gradient,
             state.opt_state,
             state.params,
-            obj_fn=lambda params: self._loss(params, batch),
+            obj_fn=lambda params: self.loss(params, batch),
             logits_fn=lambda params: self._merge(params)(batch["inputs"]),
         )
 
     def _step(
         self, state: TrainState, batch: dict[str, jax.Array], hyperparameters: Hyperparameters
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradient = jax.value_and_grad(self._loss)(state.params, batch)
+        loss, gradient = jax.value_and_grad(self.loss)(state.params, batch)
         updates, opt_state = self._update(hyperparameters, gradient, state, batch)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -194,7 +200,7 @@ class Program:
 
     def _evaluate(self, params: Any, batches: dict[str, jax.Array]) -> jax.Array:
         """Mean loss over stacked batches `(N, B, T)`."""
-        losses = jax.lax.map(lambda batch: self._loss(params, batch), batches)
+        losses = jax.lax.map(lambda batch: self.loss(params, batch), batches)
         return losses.mean()
 
 

@@ -48,6 +48,14 @@ def run_record(
             "model": 3 * forward_flops * n_tokens,
             "optimizer": program.optimizer_flops * program.steps,
         },
+        **provenance(config, tokens),
+        "config": config.to_dict(),
+    }
+
+
+def provenance(config: ConfigDict, tokens: Tokens) -> dict[str, Any]:
+    """Device, versions and text: what else the numbers depend on."""
+    return {
         "device": jax.devices()[0].device_kind,
         "versions": {
             "python": sys.version.split()[0],
@@ -60,7 +68,6 @@ def run_record(
             "training_tokens": len(tokens.train),
             "validation_tokens": len(tokens.validation),
         },
-        "config": config.to_dict(),
     }
 
 

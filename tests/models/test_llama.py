@@ -98,9 +98,11 @@ def test_roles():
     assert nnx.to_pure_dict(roles(state)) == expected
 
 
-@pytest.mark.parametrize("mlp_ratio", [1, 4])
-def test_num_parameters_counts_the_tree(mlp_ratio):
-    config = dataclasses.replace(CONFIG, mlp_ratio=mlp_ratio, depth=3)
+@pytest.mark.parametrize(
+    "changes", [{"mlp_ratio": 1}, {"mlp_ratio": 4}, {"mlp": "gelu", "learned_positions": 24}]
+)
+def test_num_parameters_counts_the_tree(changes):
+    config = dataclasses.replace(CONFIG, depth=3, **changes)
     shapes = jax.tree.leaves(abstract(config)[1])
     assert num_parameters(config) == sum(leaf.size for leaf in shapes)
 
@@ -158,6 +160,38 @@ def test_features_start_as_the_embedding():
     np.testing.assert_array_equal(
         *features_and_lookup(Llama(CONFIG, rngs=nnx.Rngs(0)), random_tokens())
     )
+
+
+def activations(params, tokens, config=CONFIG):
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    return jax.jit(lambda params: nnx.merge(graphdef, params).activations(tokens))(params)
+
+
+@pytest.mark.parametrize(("depth", "middle"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_activations_of_the_middle_block_are_those_of_a_shallower_model(depth, middle):
+    config, shallow = (dataclasses.replace(CONFIG, depth=n) for n in (depth, middle))
+    params = initial(config)
+    params["layers"] = jax.tree.map(lambda x: x + 0.1, params["layers"])
+    first_blocks = params | {"layers": jax.tree.map(lambda x: x[:middle], params["layers"])}
+    tokens = random_tokens()
+    actual, expected = (
+        activations(*of) for of in ((params, tokens, config), (first_blocks, tokens, shallow))
+    )
+    np.testing.assert_allclose(actual["middle block"], expected["last block"], rtol=1e-5)
+    if depth > middle:
+        assert jnp.abs(actual["last block"] - expected["last block"]).max() > 0.1
+
+
+def test_activations_are_what_the_model_computes():
+    tokens = random_tokens()
+    actual = activations(perturbed(), tokens)
+    assert set(actual) == {"embedding", "middle block", "last block", "logits"}
+    np.testing.assert_array_equal(actual["embedding"], perturbed()["embedding"][tokens])
+    np.testing.assert_allclose(actual["logits"], abstract()[0](perturbed(), tokens), rtol=1e-5)
+    for name in ("embedding", "middle block", "last block"):
+        assert actual[name].shape == (2, 12, 64)
+    readout = jnp.matmul(internals._rms_norm(actual["last block"]), perturbed()["readout"])
+    np.testing.assert_allclose(readout, actual["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_causality():
@@ -235,6 +269,45 @@ def test_order_of_earlier_tokens_matters():
     assert jnp.abs(forward - swapped).max() > 1e-3
 
 
+GPT2 = dataclasses.replace(CONFIG, mlp="gelu", mlp_ratio=1, learned_positions=24)
+
+
+def test_the_gpt2_like_network():
+    params = initial(GPT2)
+    assert jax.tree.map(jnp.shape, params) == {
+        "embedding": (96, 64),
+        "positions": (24, 64),
+        "layers": {
+            "attention": MATRICES["layers"]["attention"],
+            "mlp": {"up": (2, 64, 64), "down": (2, 64, 64)},
+        },
+        "readout": (64, 96),
+    }
+    assert roles(params)["positions"] == "embedding"
+    assert jnp.std(params["positions"]) == pytest.approx(0.1, rel=0.1)
+    swiglu = dataclasses.replace(GPT2, mlp="swiglu")
+    difference = forward_flops_per_token(swiglu, 24) - forward_flops_per_token(GPT2, 24)
+    assert difference == 2 * 2 * 64 * 64
+
+
+def test_learned_positions_are_all_that_tells_positions():
+    """Without them attention over one repeated token is the same everywhere."""
+    apply = abstract(GPT2)[0]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32),
+                          initial(GPT2))  # fmt: skip
+    repeated = jnp.full((1, 12), 7)
+    assert jnp.std(apply(params, repeated)[0], axis=0).max() > 1e-2
+    params["positions"] *= 0
+    logits = apply(params, repeated)[0]
+    np.testing.assert_allclose(logits, jnp.broadcast_to(logits[0], logits.shape), atol=1e-5)
+
+
+def test_a_context_beyond_the_learned_positions():
+    with pytest.raises(ValueError, match="25 tokens, but learned_positions=24"):
+        abstract(GPT2)[0](initial(GPT2), jnp.zeros((1, 25), jnp.int32))
+
+
 def test_compiled_initialisation_equals_eager():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
@@ -271,6 +344,8 @@ def test_data_parallel_mesh_equals_one_device(axis_type):
         ({"base_depth": 0}, "base_depth=0: choose a positive value"),
         ({"mlp_ratio": 0}, "mlp_ratio=0"),
         ({"rope_theta": 0.0}, "rope_theta=0.0"),
+        ({"mlp": "relu"}, "mlp='relu': choose one of swiglu, gelu"),
+        ({"learned_positions": -1}, "learned_positions=-1: give the context"),
     ],
 )
 def test_config_errors(changes, message):

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
+from mup_jax.training.config import epsilons_of
 from mup_jax.training.mesh import data_parallel_mesh
 from mup_jax.training.program import (
     Hyperparameters,
@@ -156,6 +158,41 @@ def test_learning_rate_scales_the_update():
     np.testing.assert_allclose(fast, 2 * slow, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap"])
+def test_epsilon_is_an_argument_of_the_program(name):
+    """The same ε as an option of the optimizer gives the same parameters."""
+    epsilon, steps = 1e-2, 3
+    as_argument = {"optimizer__name": name, "optimizer__epsilon": epsilon}
+    options = ConfigDict(dict.fromkeys(epsilons_of(name), epsilon))
+    as_option = {"optimizer__name": name, "optimizer__options": options}
+    states = [
+        run_steps(program_of(1, **changes), 1, steps, **changes)[0]
+        for changes in (as_argument, as_option)
+    ]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        *(state.params for state in states),
+    )
+    default, _ = run_steps(program_of(1, optimizer__name=name), 1, steps, optimizer__name=name)
+    assert jnp.abs(default.params["readout"] - states[0].params["readout"]).max() > 1e-3
+    assert program_of(1, **as_argument | {"optimizer__epsilon": 1e-4}) is program_of(
+        1, **as_argument
+    )
+
+
+def test_gradients_are_clipped_where_the_configuration_says_so():
+    """Of SGD-like updates, which AdamW with a huge ε has, the norm is that of the gradient."""
+    huge = {"optimizer__epsilon": 1e6, "optimizer__learning_rate": 1e6, "warmup_tokens": 0}
+    norms = {}
+    for clip_norm in (0.0, 1e-3):
+        changes = huge | {"clip_norm": clip_norm}
+        (_, [metrics]) = run_steps(program_of(1, **changes), 1, 1, **changes)
+        norms[clip_norm] = metrics["update_norm"], metrics["gradient_norm"]
+    assert norms[0.0][0] == pytest.approx(norms[0.0][1], rel=1e-3)
+    assert norms[1e-3][0] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[0.0][1] > 1e-2
+
+
 def test_base_model_is_standard_parametrization():
     """At the base shapes every factor is 1: the trainer's AdamW is Optax's."""
     program = program_of(1)
@@ -184,7 +221,7 @@ def test_rules_scale_the_updates_of_wider_models(name):
     """Of a gradient of ones, Adam's first update is η/d_in and Muon's has norm η·√(d_out/d_in)."""
     program = program_of(1, optimizer__name=name, base__width=8, warmup_tokens=0)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), program.abstract_state.params)
-    optimizer = program._optimizer(Hyperparameters(1.0, 0.0))
+    optimizer = program.optimizer(Hyperparameters(1.0, 0.0))
     updates = jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g)[0])(ones)
     np.testing.assert_allclose(updates["embedding"], -1.0, rtol=1e-3)
     np.testing.assert_allclose(updates["readout"], -0.5, rtol=1e-3)
