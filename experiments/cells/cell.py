@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from mup_jax.training import identity
 Results = dict[str, dict[str, Any]]
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """One training run.
 
     Attributes:
@@ -27,7 +29,7 @@ class Cell(NamedTuple):
     label: str
     config: ConfigDict
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name of its folder: equal for equal configurations."""
         return identity(self.config)

@@ -93,6 +93,7 @@ class Ladder:
             "name": optimizer,
             "learning_rate": learning_rate,
             "weight_decay": settings.weight_decay,
+            "epsilon": None,
             "options": settings.options.to_dict(),
         }
         label = f"{rung.name} {optimizer} lr {learning_rate:g} seed {seed}"

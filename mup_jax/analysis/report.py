@@ -23,7 +23,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         "by its µP rule. The smallest rung's losses are the ones that chose the learning rate, so "
         "they are slightly optimistic, for all optimizers alike.",
         "## Rungs",
-        _table(
+        table(
             ["rung", "width", "depth", "parameters", "tokens", "steps", "training FLOPs"],
             [
                 [
@@ -63,7 +63,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         sections += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
     sections += [
         "## Where this comes from",
-        _table(
+        table(
             ["", ""],
             [["device", report["device"]]]
             + [["corpus: " + key, value] for key, value in report["corpus"].items()]
@@ -137,7 +137,7 @@ def _by_rung(
 ) -> str:
     """One row per optimizer, one column per rung."""
     rungs = [rung["name"] for rung in report["rungs"]]
-    return _table(
+    return table(
         ["", *rungs],
         [
             [name, *(cell(summary, rung) for rung in rungs)]
@@ -180,7 +180,8 @@ def _cost(summary: Mapping[str, Any], rung: str) -> str:
     return f"{summary['steps_per_second'][rung]:.3g} ({seconds:.0%}, {flops:.1%})"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

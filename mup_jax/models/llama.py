@@ -1,5 +1,7 @@
 """Llama without a parameter in its norms: the network of Qiu et al. (arXiv 2512.05620), Fig. 6.
 
+With GELU and learned positions, the GPT-2 like one of their Fig. 2 to 5.
+
 Dimensions: B batch, T tokens of context, V vocabulary, D width, H heads, K head dimension,
 F = mlp_ratio * D.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+# Cosine and sine of the rotary angles; None for learned positions.
+Rotation = tuple[jax.Array, jax.Array] | None
+
 _NORM_EPSILON = 1e-6
 _EMBEDDING_STD = 0.1
-_ROLE_OF = {"embedding": "embedding", "layers": "hidden", "readout": "readout"}
+_ROLE_OF = {
+    "embedding": "embedding",
+    "positions": "embedding",
+    "layers": "hidden",
+    "readout": "readout",
+}
+_MLP_MATRICES = {"swiglu": 3, "gelu": 2}
+_NOT_SIZES = ("dtype", "mlp", "learned_positions")
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,9 @@ class LlamaConfig:
       depth: number of blocks.
       head_dim: K, even.
       mlp_ratio: hidden units of the MLP per unit of width, F / D.
+      mlp: "swiglu", with three matrices, or "gelu", with two.
+      learned_positions: rows of a table of positions that is added to the embedding, at least T; 0
+        for rotary positions instead.
       base_depth: every residual branch is multiplied by `base_depth / depth` (CompleteP with
         α = 1, arXiv 2505.01618). None stands for `depth`: no multiplier.
       rope_theta: base of the rotary wavelengths.
@@ -46,6 +61,8 @@ class LlamaConfig:
     depth: int
     head_dim: int = 64
     mlp_ratio: int = 4
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    learned_positions: int = 0
     base_depth: int | None = None
     rope_theta: float = 10_000.0
     dtype: DTypeLike = jnp.float32
@@ -53,8 +70,14 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "dtype" and value is not None and value <= 0:
+            if field.name not in _NOT_SIZES and value is not None and value <= 0:
                 raise ValueError(f"{field.name}={value}: choose a positive value")
+        if self.mlp not in _MLP_MATRICES:
+            raise ValueError(f"mlp={self.mlp!r}: choose one of {', '.join(_MLP_MATRICES)}")
+        if self.learned_positions < 0:
+            raise ValueError(
+                f"learned_positions={self.learned_positions}: give the context, or 0 for rotary"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: choose an even one, for rotary positions")
         if self.width % self.head_dim:
@@ -81,9 +104,10 @@ class Llama(nnx.Module):
 
     Parameters are float32 and stored `(d_in, d_out)`, those of the blocks stacked on a leading
     axis: `embedding (V, D)`, `layers.attention.{query,key,value,output} (depth, D, D)`,
-    `layers.mlp.{gate,up} (depth, D, F)`, `layers.mlp.down (depth, F, D)`, `readout (D, V)`.
-    The embedding is drawn from N(0, 0.1²), hidden matrices from N(0, 1/d_in); the matrices that
-    end a residual branch and the readout start at zero, so the first logits are zero.
+    `layers.mlp.{gate,up} (depth, D, F)`, `layers.mlp.down (depth, F, D)`, `readout (D, V)`; with
+    GELU there is no `gate`, with learned positions a `positions (learned_positions, D)`. Embeddings
+    are drawn from N(0, 0.1²), hidden matrices from N(0, 1/d_in); the matrices that end a residual
+    branch and the readout start at zero, so the first logits are zero.
 
     The model has no other state, so training code can use it as a pure function:
 
@@ -94,7 +118,9 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         shape_VD = (config.vocab_size, config.width)
-        self.embedding = nnx.Param(_EMBEDDING_STD * jax.random.normal(rngs.params(), shape_VD))
+        self.embedding = _embedding(rngs.params(), *shape_VD)
+        if config.learned_positions:
+            self.positions = _embedding(rngs.params(), config.learned_positions, config.width)
         self.layers = _stack_of_blocks(config, rngs.params())
         self.readout = nnx.Param(jnp.zeros(shape_VD[::-1]))
 
@@ -135,9 +161,18 @@ class Llama(nnx.Module):
         embedding_VD = self.embedding[...].astype(self.config.dtype)
         # A lookup must be told its sharding under explicit meshes: that of the tokens.
         tokens_sharding = jax.typeof(tokens_BT).sharding
-        return embedding_VD.at[tokens_BT].get(
+        x_BTD = embedding_VD.at[tokens_BT].get(
             out_sharding=tokens_sharding.update(spec=PartitionSpec(*tokens_sharding.spec, None))
         )
+        if self.config.learned_positions:
+            context = tokens_BT.shape[1]
+            if context > self.config.learned_positions:
+                raise ValueError(
+                    f"{context} tokens, but learned_positions={self.config.learned_positions}: "
+                    "give at least the context"
+                )
+            x_BTD += self.positions[...][:context].astype(x_BTD.dtype)
+        return x_BTD
 
     def _apply_blocks(
         self, x_BTD: jax.Array, keep: Callable[[jax.Array], jax.Array | None]
@@ -166,7 +201,7 @@ class _Block(nnx.Module):
         self.attention = _Attention(config, attention_key)
         self.mlp = _Mlp(config, mlp_key)
 
-    def __call__(self, x_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rotation: Rotation) -> jax.Array:
         x_BTD += self.residual_multiplier * self.attention(_rms_norm(x_BTD), rotation)
         x_BTD += self.residual_multiplier * self.mlp(_rms_norm(x_BTD))
         return x_BTD
@@ -182,7 +217,7 @@ class _Attention(nnx.Module):
         self.value = _hidden(value_key, width, width)
         self.output = nnx.Param(jnp.zeros((width, width)))
 
-    def __call__(self, x_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rotation: Rotation) -> jax.Array:
         def heads(weight_DD: nnx.Param) -> jax.Array:
             y_BTD = _linear(x_BTD, weight_DD)
             return y_BTD.reshape(*y_BTD.shape[:-1], -1, self.head_dim)
@@ -201,12 +236,17 @@ class _Mlp(nnx.Module):
     def __init__(self, config: LlamaConfig, key: jax.Array) -> None:
         width, hidden = config.width, config.mlp_ratio * config.width
         gate_key, up_key = jax.random.split(key)
-        self.gate = _hidden(gate_key, width, hidden)
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate = _hidden(gate_key, width, hidden)
         self.up = _hidden(up_key, width, hidden)
         self.down = nnx.Param(jnp.zeros((hidden, width)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTF = jax.nn.silu(_linear(x_BTD, self.gate)) * _linear(x_BTD, self.up)
+        if self.gated:
+            x_BTF = jax.nn.silu(_linear(x_BTD, self.gate)) * _linear(x_BTD, self.up)
+        else:
+            x_BTF = jax.nn.gelu(_linear(x_BTD, self.up))
         return _linear(x_BTF, self.down)
 
 
@@ -224,8 +264,9 @@ def roles(params: Any) -> Any:
 
 def num_parameters(config: LlamaConfig) -> int:
     """Number of parameters, embedding and readout included."""
-    per_layer = (4 + 3 * config.mlp_ratio) * config.width**2
-    return config.depth * per_layer + 2 * config.vocab_size * config.width
+    per_layer = (4 + _MLP_MATRICES[config.mlp] * config.mlp_ratio) * config.width**2
+    rows = 2 * config.vocab_size + config.learned_positions
+    return config.depth * per_layer + rows * config.width
 
 
 def forward_flops_per_token(config: LlamaConfig, context: int) -> int:
@@ -235,7 +276,7 @@ def forward_flops_per_token(config: LlamaConfig, context: int) -> int:
     three operations per attention score for the softmax, as Qiu et al. (arXiv 2512.05620) do.
     """
     width = config.width
-    mlp = 2 * 3 * width * (config.mlp_ratio * width)
+    mlp = 2 * _MLP_MATRICES[config.mlp] * width * (config.mlp_ratio * width)
     projections = 2 * width * 3 * width + 2 * width**2
     scores = 4 * context * width + 3 * context * config.heads
     return config.depth * (mlp + projections + scores) + 2 * width * config.vocab_size
@@ -246,6 +287,10 @@ def _stack_of_blocks(config: LlamaConfig, key: jax.Array) -> _Block:
         lambda key: _Block(config, key), transform_metadata={nnx.PARTITION_NAME: None}
     )
     return stacked(jax.random.split(key, config.depth))
+
+
+def _embedding(key: jax.Array, rows: int, width: int) -> nnx.Param:
+    return nnx.Param(_EMBEDDING_STD * jax.random.normal(key, (rows, width)))
 
 
 def _hidden(key: jax.Array, d_in: int, d_out: int) -> nnx.Param:
@@ -262,14 +307,18 @@ def _rms_norm(x: jax.Array) -> jax.Array:
     return (x_float32 * jax.lax.rsqrt(mean_square + _NORM_EPSILON)).astype(x.dtype)
 
 
-def _rotation(context: int, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+def _rotation(context: int, config: LlamaConfig) -> Rotation:
     """Cosine and sine of the rotary angles, each of shape `(T, 1, K / 2)`."""
+    if config.learned_positions:
+        return None
     frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
     angle = jnp.arange(context)[:, None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def _rotate(x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+def _rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
+    if rotation is None:
+        return x_BTHK
     cos, sin = rotation
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

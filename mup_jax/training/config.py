@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mup_jax.models.llama import LlamaConfig
 from mup_jax.optimizers import OPTIMIZERS
 
+POSITIONS = ("rotary", "learned")
 # The arguments of an optimizer that the trainer sets itself.
 _SET_BY_TRAINER = {
     "learning_rate",
@@ -29,14 +30,25 @@ def default_config() -> ConfigDict:
 
     `base` is the model in which learning rate and weight decay were tuned. `tokens` and
     `warmup_tokens` count training tokens; steps follow from `batch_size` (rows) and `context`.
-    `optimizer.options` are passed on to `mup_jax.<optimizer.name>`. `eval_batches` bounds the
-    validation batches; validation also runs every `eval_every` steps where that is not 0.
+    `optimizer.options` are passed on to `mup_jax.<optimizer.name>`; `optimizer.epsilon`, where it
+    is not None, is every absolute ε of it. `clip_norm` bounds the global norm of the gradient; 0
+    leaves it alone. `eval_batches` bounds the validation batches; validation also runs every
+    `eval_every` steps where that is not 0. Without checkpoints (`checkpoint_every` 0) an
+    interrupted run begins again. `measure_optimizer` is whether the optimizer's FLOPs and share of
+    a step are measured.
     """
     return ConfigDict(
         {
             "seed": 0,
             "data": {"source": "stdlib", "tokenizer": "char"},
-            "model": {"width": 32, "depth": 2, "head_dim": 8, "mlp_ratio": 4},
+            "model": {
+                "width": 32,
+                "depth": 2,
+                "head_dim": 8,
+                "mlp_ratio": 4,
+                "mlp": "swiglu",
+                "positions": "rotary",
+            },
             "base": {"width": 32, "depth": 2},
             "context": 128,
             "batch_size": 4,
@@ -46,12 +58,14 @@ def default_config() -> ConfigDict:
                 "name": "muon",
                 "learning_rate": 2e-2,
                 "weight_decay": 0.0,
+                "epsilon": None,
                 "options": ConfigDict(),
             },
             "clip_norm": 1.0,
             "eval_batches": 32,
             "eval_every": 0,
             "checkpoint_every": 100,
+            "measure_optimizer": True,
         }
     )
 
@@ -70,8 +84,17 @@ def model_config(config: ConfigDict, vocab_size: int, *, base: bool = False) -> 
         depth=size.depth,
         head_dim=config.model.head_dim,
         mlp_ratio=config.model.mlp_ratio,
+        mlp=config.model.mlp,
+        learned_positions=config.context if config.model.positions == "learned" else 0,
         base_depth=config.base.depth,
     )
+
+
+def epsilons_of(name: str) -> list[str]:
+    """The arguments of an optimizer that are an absolute ε: Shampoo's own is relative."""
+    parameters = inspect.signature(OPTIMIZERS[name]).parameters
+    absolute = {"eps", "adam_eps", "muon_eps"} - ({"eps"} if name == "shampoo" else set())
+    return [parameter for parameter in parameters if parameter in absolute]
 
 
 def check_known(keys: Iterable[str], known: Iterable[str], path: str) -> None:
@@ -117,11 +140,22 @@ def validate(config: ConfigDict) -> None:
     """
     check_keys(config, default_config())
     check_optimizer(config.optimizer.name, config.optimizer.options)
+    if config.optimizer.epsilon is not None and not epsilons_of(config.optimizer.name):
+        raise ValueError(
+            f"config.optimizer.epsilon: {config.optimizer.name} has none, leave it None"
+        )
+    if config.model.positions not in POSITIONS:
+        raise ValueError(
+            f"config.model.positions={config.model.positions!r}: choose of {POSITIONS}"
+        )
     for base in (False, True):
         model_config(config, vocab_size=1, base=base)
-    for key in ("context", "batch_size", "clip_norm", "eval_batches", "checkpoint_every"):
+    for key in ("context", "batch_size", "eval_batches"):
         if config[key] <= 0:
             raise ValueError(f"config.{key}={config[key]}: give a positive value")
+    for key in ("clip_norm", "checkpoint_every", "eval_every"):
+        if config[key] < 0:
+            raise ValueError(f"config.{key}={config[key]}: give a positive value, or 0 for none")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"config.seed={config.seed}: choose one in [0, 2**31)")
     tokens_per_step = config.batch_size * config.context
@@ -146,12 +180,14 @@ def identity(config: ConfigDict) -> str:
 
 
 def program_identity(config: ConfigDict) -> str:
-    """Equal for runs that can share compiled programs: learning rate, weight decay and seed are
+    """Equal for runs that can share compiled programs: learning rate, weight decay, ε and seed are
     arguments of those.
     """
     shared = copy.deepcopy(config)
     shared.seed = 0
     shared.optimizer.learning_rate = shared.optimizer.weight_decay = 0.0
+    if shared.optimizer.epsilon is not None:
+        shared.optimizer.epsilon = 0.0
     return to_json(shared)
 
 

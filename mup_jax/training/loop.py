@@ -94,9 +94,9 @@ def train(
     with jax.set_mesh(mesh):
         program = make_program(config, tokens.vocab_size)
         hyperparameters = jax.device_put(Hyperparameters.of(config), program.replicated)
-        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints = Checkpoints(workdir / "checkpoints") if config.checkpoint_every else None
         try:
-            restored = checkpoints.restore(program.abstract_state)
+            restored = checkpoints.restore(program.abstract_state) if checkpoints else None
             if restored is None:
                 state = program.init(config.seed)
             else:
@@ -111,17 +111,18 @@ def train(
                 on_progress,
             )  # fmt: skip
         finally:
-            checkpoints.close()
+            if checkpoints:
+                checkpoints.close()
         result = run_record(config, program, tokens, metrics.lines)
-        diverged = result["validation_loss"] is None
-        batch = _on_mesh(next(batches), program)
         result["seconds"] = {
             "total": seconds + compile_seconds,
             "compile": compile_seconds,
-            "optimizer_share": None
-            if diverged
-            else optimizer_share(program, state, batch, hyperparameters),
+            "optimizer_share": None,
         }
+        if config.measure_optimizer and result["validation_loss"] is not None:
+            batch = _on_mesh(next(batches), program)
+            share = optimizer_share(program, state, batch, hyperparameters)
+            result["seconds"]["optimizer_share"] = share
     write_atomically(result_path, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -134,7 +135,7 @@ def _train_steps(
     batches: Any,
     validation: data.Batch,
     metrics: MetricsWriter,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
     on_progress: Progress | None,
 ) -> tuple[TrainState, float]:
     """Takes the steps that are missing.
@@ -161,7 +162,7 @@ def _train_steps(
         if is_last or (config.eval_every and step % config.eval_every == 0):
             values["validation_loss"] = evaluate(state.params)
         metrics.add(step, **values, seconds=time.perf_counter() - start)
-        if step % config.checkpoint_every == 0 or is_last:
+        if checkpoints and (step % config.checkpoint_every == 0 or is_last):
             metrics.flush()
             checkpoints.save(step, state, batches.get_state())
         if metrics.lines:

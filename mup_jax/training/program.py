@@ -19,7 +19,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from mup_jax.models.llama import Llama, LlamaConfig, roles
 from mup_jax.optimizers import OPTIMIZERS
-from mup_jax.training.config import model_config, program_identity, steps_of
+from mup_jax.training.config import epsilons_of, model_config, program_identity, steps_of
 from mup_jax.training.flops import count_flops
 from mup_jax.transfer import infer_shapes
 
@@ -36,14 +36,19 @@ class TrainState(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """The tuned numbers of a run: float32 scalars, those of the base model."""
+    """The tuned numbers of a run: float32 scalars, those of the base model.
+
+    `epsilon` counts only where the configuration has one.
+    """
 
     learning_rate: Any
     weight_decay: Any
+    epsilon: Any = 0.0
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Hyperparameters":
-        values = config.optimizer.learning_rate, config.optimizer.weight_decay
+        given = config.optimizer
+        values = given.learning_rate, given.weight_decay, given.epsilon or 0.0
         return cls(*(jnp.float32(value) for value in values))
 
 
@@ -144,6 +149,8 @@ class Program:
         options = dict(config.options)
         if "weight_dimension_numbers" in inspect.signature(make).parameters:
             options["weight_dimension_numbers"] = WEIGHT_DIMENSION_NUMBERS
+        if config.epsilon is not None:
+            options |= dict.fromkeys(epsilons_of(config.name), hyperparameters.epsilon)
         optimizer = make(
             hyperparameters.learning_rate,
             weight_decay=hyperparameters.weight_decay,
@@ -151,6 +158,8 @@ class Program:
             shapes=self.shapes,
             **options,
         )
+        if not self.config.clip_norm:
+            return optimizer
         return optax.chain(optax.clip_by_global_norm(self.config.clip_norm), optimizer)
 
     def _init(self, seed: jax.Array) -> TrainState:
@@ -228,4 +237,6 @@ def _abstract_model(config: LlamaConfig) -> tuple[Any, Any]:
 
 
 def _abstract_hyperparameters() -> Hyperparameters:
-    return Hyperparameters(*(jax.ShapeDtypeStruct((), jnp.float32) for _ in range(2)))
+    return Hyperparameters(
+        *(jax.ShapeDtypeStruct((), jnp.float32) for _ in Hyperparameters._fields)
+    )

@@ -46,7 +46,9 @@ def run_record(
         "coordinate_check": {"feature_change_rms": changes[0]} if changes else None,
         "flops": {
             "model": 3 * forward_flops * n_tokens,
-            "optimizer": program.optimizer_flops * program.steps,
+            "optimizer": program.optimizer_flops * program.steps
+            if config.measure_optimizer
+            else None,
         },
         **provenance(config, tokens),
         "config": config.to_dict(),

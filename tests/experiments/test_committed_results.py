@@ -14,8 +14,10 @@ RESULTS = Path("results/ladder_cpu/results.jsonl")
 TRAIN = """
 import json, sys
 from ml_collections import ConfigDict
-from mup_jax.training import train
-print(train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])["validation_loss"])
+from mup_jax.training import default_config, train
+config = default_config()  # of keys that are younger than the results
+config.update(ConfigDict(json.loads(sys.argv[1])))
+print(train(config, sys.argv[2])["validation_loss"])
 """
 
 

@@ -5,7 +5,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from mup_jax.training import default_config, identity, validate
-from mup_jax.training.config import differences, program_identity, steps_of, to_json
+from mup_jax.training.config import (
+    differences,
+    epsilons_of,
+    program_identity,
+    steps_of,
+    to_json,
+)
 from tests.training.tiny import tiny_config
 
 
@@ -71,9 +77,15 @@ def test_valid(name):
         (changed(tokens=127), r"config\.tokens=127 is less than one batch of 128 tokens"),
         (changed(warmup_tokens=40 * 128), r"warmup_tokens=5120: choose less than tokens=5120"),
         (changed(warmup_tokens=-1), r"warmup_tokens=-1"),
-        (changed(clip_norm=0.0), r"config\.clip_norm=0\.0: give a positive value"),
+        (changed(clip_norm=-1.0), r"config\.clip_norm=-1\.0: give a positive value, or 0 for none"),
         (changed(context=0), r"config\.context=0: give a positive value"),
-        (changed(checkpoint_every=0), r"config\.checkpoint_every=0"),
+        (changed(checkpoint_every=-1), r"config\.checkpoint_every=-1"),
+        (changed(model__mlp="relu"), r"mlp='relu': choose one of swiglu, gelu"),
+        (changed(model__positions="none"), r"config\.model\.positions='none': choose of"),
+        (
+            changed(optimizer__name="lion", optimizer__epsilon=1e-8),
+            r"config\.optimizer\.epsilon: lion has none, leave it None",
+        ),
         (changed(seed=-1), r"config\.seed=-1: choose one in"),
         (changed(seed=2**31), r"config\.seed=2147483648"),
     ],
@@ -90,6 +102,8 @@ CHANGES = {
     "model__depth": 2,
     "model__head_dim": 4,
     "model__mlp_ratio": 2,
+    "model__mlp": "gelu",
+    "model__positions": "learned",
     "base__width": 24,
     "base__depth": 2,
     "context": 32,
@@ -99,11 +113,13 @@ CHANGES = {
     "optimizer__name": "muon",
     "optimizer__learning_rate": 2e-2,
     "optimizer__weight_decay": 0.1,
+    "optimizer__epsilon": 1e-6,
     "optimizer__options": ConfigDict({"b1": 0.8}),
     "clip_norm": 2.0,
     "eval_batches": 1,
     "eval_every": 0,
     "checkpoint_every": 5,
+    "measure_optimizer": False,
 }
 
 
@@ -128,6 +144,18 @@ def test_identity_differs_for_any_change(key):
     difference = differences(tiny_config().to_dict(), config.to_dict())
     assert len(difference) == 1
     assert difference[0].startswith(f"config.{key.replace('__', '.')}")
+
+
+def test_runs_with_an_epsilon_share_programs():
+    one, other = (changed(optimizer__epsilon=epsilon) for epsilon in (1e-6, 1e-3))
+    assert identity(one) != identity(other)
+    assert program_identity(one) == program_identity(other)
+
+
+def test_absolute_epsilons():
+    assert epsilons_of("adamw") == ["eps"]
+    assert epsilons_of("muon") == ["eps", "adam_eps"]
+    assert epsilons_of("shampoo") == ["adam_eps"]
 
 
 def test_identity_is_stable():

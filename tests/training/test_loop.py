@@ -135,6 +135,24 @@ def test_interrupted_runs_end_with_the_same_numbers(tmp_path, name):
     assert result["validation_loss"] == expected["validation_loss"]
 
 
+def test_a_run_without_checkpoints_begins_again(tmp_path):
+    config = tiny_config(checkpoint_every=0, measure_optimizer=False, tokens=60 * 128)
+    expected = train(config, tmp_path / "undisturbed")
+    workdir = tmp_path / "interrupted"
+
+    def interrupt(step, total, loss):
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        train(config, workdir, interrupt)
+    result = train(config, workdir)
+    assert numbers(workdir) == numbers(tmp_path / "undisturbed")
+    assert result["validation_loss"] == expected["validation_loss"]
+    assert not (workdir / "checkpoints").exists()
+    assert result["flops"]["optimizer"] is None
+    assert result["seconds"]["optimizer_share"] is None
+
+
 def test_going_on_from_an_older_checkpoint(finished, tmp_path):
     workdir, result = finished
     copy = tmp_path / "copy"
