@@ -443,6 +443,16 @@ def test_lamb_has_a_trust_ratio_for_each_matrix_of_a_stack():
         mup_jax.lamb(0.1).update(g, lamb.init(w), w)
 
 
+def test_lamb_by_the_rule_of_gupta_et_al():
+    got, measured = (
+        step_once(mup_jax.lamb(0.1, shapes=SHAPES, variant=variant))
+        for variant in ("gupta", "measured")
+    )
+    want = {key: measured[key] for key in PARAMS}
+    want["hidden"] = measured["hidden"] * (WIDTH / BASE) ** 0.5
+    assert_trees_close(got, want)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("spec", [(None, "data", "model"), ("data", None, "model")])
 def test_lamb_of_sharded_stacks(kind, spec):

@@ -7,7 +7,7 @@ import optax
 
 from mup_jax.optimizers.assembly import Assembly, Scalar, WeightDecayScaling
 from mup_jax.transfer import rules
-from mup_jax.transfer.rules import Rule
+from mup_jax.transfer.rules import MeasuredOrGupta, Rule
 from mup_jax.transfer.shapes import map_shapes
 from mup_jax.transforms.matrices import (
     PyTree,
@@ -106,6 +106,7 @@ def lamb(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
+    variant: MeasuredOrGupta = "measured",
     weight_dimension_numbers: WeightDimensionNumbers = None,
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
@@ -121,6 +122,7 @@ def lamb(
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
+      variant: of `rules.lamb`.
       weight_dimension_numbers: as in `scale_by_muon`: each matrix of a stack has its own ratio.
 
     Returns:
@@ -135,7 +137,7 @@ def lamb(
     of = Assembly(
         learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
     )
-    return of.whole(of.scaled(direction, rules.lamb()))
+    return of.whole(of.scaled(direction, rules.lamb(variant=variant)))
 
 
 def lion(

@@ -5,6 +5,7 @@ from mup_jax.transfer.coord_check import CoordinateCheck, coord_check
 from mup_jax.transfer.mup import MupState, add_independent_weight_decay, mup
 from mup_jax.transfer.rules import PowerLaw, Rule
 from mup_jax.transfer.shapes import ParamShape, infer_shapes
+from mup_jax.transfer.tables import describe
 
 __all__ = [
     "CoordinateCheck",
@@ -14,6 +15,7 @@ __all__ = [
     "Rule",
     "add_independent_weight_decay",
     "coord_check",
+    "describe",
     "infer_shapes",
     "mup",
     "rules",

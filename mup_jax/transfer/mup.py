@@ -61,6 +61,13 @@ def mup(
 IndependentScaling = Literal["1/width", "constant", "none"]
 
 
+def weight_decay_factor(shape: ParamShape, scaling: IndependentScaling | Rule) -> float:
+    """The factor of λ for a parameter that decays; see `add_independent_weight_decay`."""
+    if isinstance(scaling, Rule):
+        return scaling.learning_rate(shape)
+    return {"1/width": 1 / shape.width_ratio, "constant": 1.0, "none": 0.0}[scaling]
+
+
 def add_independent_weight_decay(
     weight_decay: float | jax.Array,
     shapes: PyTree | None = None,
@@ -97,16 +104,12 @@ def add_independent_weight_decay(
     if scaling == "none":
         return optax.identity()
 
-    def factor(shape: ParamShape | None) -> float:
-        if shape is None or scaling == "constant":
-            return 1.0
-        return scaling.learning_rate(shape) if isinstance(scaling, Rule) else 1 / shape.width_ratio
-
     def decay(shape: ParamShape | None, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         u, w = pair
         if mask is None and (w.ndim < 2 or (shape is not None and shape.role == "vector")):
             return u
-        return u + weight_decay * factor(shape) * w
+        factor = 1.0 if shape is None else weight_decay_factor(shape, scaling)
+        return u + weight_decay * factor * w
 
     def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:

@@ -2,12 +2,16 @@
 
 A rule says how learning rate and ε of one optimizer change from a base model to a larger one, so
 that every layer's output changes by Θ(1) per step at any width and depth. All quantities in it are
-ratios to the base model: at the base shapes every factor is 1.
+ratios to the base model: at the base shapes every factor is 1. docs/rules.md is made of these
+objects.
 
-[Q] is Qiu et al., arXiv 2512.05620; [G] is Gupta et al., arXiv 2602.20937.
+[Q] is Qiu et al., arXiv 2512.05620; [G] is Gupta et al., arXiv 2602.20937; [Y] is Yang et al.,
+arXiv 2310.17813. Where a rule of [G] is not the default, it is the `variant` "gupta".
 """
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from mup_jax.transfer.shapes import ParamShape
 from mup_jax.transforms.blocking import Blocking, Sides
@@ -20,7 +24,8 @@ class PowerLaw:
     Attributes:
       d_in: exponent of the fan-in.
       d_out: exponent of the fan-out.
-      depth: exponent of the number of layers L (1 outside the residual blocks).
+      depth: exponent of the number of layers L (1 outside the residual blocks), or rather of the
+        L^α that residual branches are divided by; α is 1 unless `infer_shapes` is told otherwise.
       blocks: exponent of the number of blocks of the matrix.
       block: exponent of the block length along one side; only in the law of a side.
     """
@@ -39,7 +44,10 @@ NO_BLOCKS = Blocking(block_size=None, max_preconditioner_dim=0)
 class Rule:
     """How one optimizer's learning rate and ε scale.
 
-    Both are a power law, times the law of a side for each side that has a preconditioner.
+    Both are a power law, times the law of a side for each side that has a preconditioner. Gradients
+    within residual blocks are ∝ L^(-α), so the exponent of depth is h in the law of η, and minus
+    its degree in that of ε. And of a change of Θ(1) in the residual stream a layer's share is
+    L^(α-1) of its own output: η has this factor besides, which is 1 for α = 1.
 
     Attributes:
       name: of the optimizer.
@@ -70,11 +78,17 @@ class Rule:
     source: str = "[Q], [G]"
 
     def learning_rate(self, shape: ParamShape) -> float:
-        """The factor of η for a parameter."""
+        """The factor of η for a parameter.
+
+        Raises:
+          ValueError: a side is preconditioned in the base or in the target only; from `epsilon` and
+            the scales too.
+        """
         law = self.learning_rate_law
         if shape.role == "readout" and self.readout_learning_rate_law is not None:
             law = self.readout_learning_rate_law
-        return self._factor(law, self.learning_rate_per_side, shape)
+        share_of_layer = shape.depth_ratio ** (shape.residual_exponent - 1)
+        return share_of_layer * self._factor(law, self.learning_rate_per_side, shape)
 
     def epsilon(self, shape: ParamShape) -> float:
         """The factor of an absolute ε for a parameter."""
@@ -86,9 +100,13 @@ class Rule:
 
     def update_scale(self, shape: ParamShape) -> float:
         """The factor of the update of c·G: η's factor, with c^h taken out again."""
-        missing_sides = 2 - sum(self.blocking.of(shape.d_in, shape.d_out))
-        degree = self.homogeneity - missing_sides * self.homogeneity_per_side
+        degree = self.degree(shape.d_in, shape.d_out)
         return self.learning_rate(shape) * self.gradient_scale(shape) ** -degree
+
+    def degree(self, d_in: int, d_out: int) -> float:
+        """h of a matrix, of which a side may have no preconditioner."""
+        missing_sides = 2 - sum(self.blocking.of(d_in, d_out))
+        return self.homogeneity - missing_sides * self.homogeneity_per_side
 
     def with_constant_epsilon(self) -> "Rule":
         """The rule with ε the same at every size."""
@@ -98,13 +116,19 @@ class Rule:
         here = (shape.d_in, shape.d_out)
         base = (shape.base_d_in, shape.base_d_out)
         on_sides = self.blocking.of(*here)
+        if self.blocking.of(*base) != on_sides:
+            raise ValueError(
+                f"max_preconditioner_dim={self.blocking.max_preconditioner_dim} is between a side "
+                f"of {base} in the base and of {here} here: preconditioned in one of them only, "
+                "they have no rule in common; raise or lower it"
+            )
         blocks, base_blocks = self.blocking.count(*here), self.blocking.count(*base)
 
         def evaluate(law: PowerLaw, block_ratio: float = 1.0) -> float:
             return (
                 (here[0] / base[0]) ** law.d_in
                 * (here[1] / base[1]) ** law.d_out
-                * shape.depth_ratio**law.depth
+                * shape.branch_divisor**law.depth
                 * (blocks / base_blocks) ** law.blocks
                 * block_ratio**law.block
             )
@@ -117,9 +141,19 @@ class Rule:
         return factor
 
 
+MeasuredOrGupta = Literal["measured", "gupta"]
+QiuOrGupta = Literal["qiu", "gupta"]
+
+
+def _check_variant(variant: str, known: object) -> None:
+    if variant not in get_args(known):
+        raise ValueError(f"variant={variant!r}: choose {' or '.join(map(repr, get_args(known)))}")
+
+
 def sgd() -> Rule:
     """SGD, with or without momentum: η ∝ L·d_out/d_in."""
-    return Rule("sgd", PowerLaw(d_in=-1, d_out=1, depth=1), homogeneity=1.0, epsilon_degree=0)
+    law = PowerLaw(d_in=-1, d_out=1, depth=1)
+    return Rule("sgd", law, homogeneity=1.0, epsilon_degree=0, source="[G], [Y]")
 
 
 def adam() -> Rule:
@@ -134,34 +168,42 @@ def adopt() -> Rule:
 
 def lion() -> Rule:
     """Lion: as Adam; it has no ε."""
-    return replace(adam(), name="lion")
+    return Rule("lion", PowerLaw(d_in=-1), epsilon_degree=0)
 
 
-def sophia() -> Rule:
+def sophia(*, variant: MeasuredOrGupta = "measured") -> Rule:
     """Sophia: as Adam where updates are clipped.
 
-    [G] has it without depth. The fraction that is clipped stays what it is if γ ∝ L·d_out; see
-    `mup_jax.sophia`.
-    """
-    return replace(adam(), name="sophia", source="[G]")
-
-
-def lamb(*, hidden_exponent: float = -0.5) -> Rule:
-    """LAMB: η ∝ d_in^hidden_exponent, but constant at readouts; ε as Adam.
-
-    Adam's update wants 1/d_in, of which the trust ratio ‖W‖_F/‖r‖_F has 1/√d_in in hidden matrices,
-    and all of it in readouts whose entries are ∝ 1/d_in or begin at zero. [G] takes ‖W‖_F to be
-    ∝ ‖W‖₂, which it is not in random matrices, and so has η constant: `hidden_exponent=0`.
+    The fraction that is clipped stays what it is if γ ∝ L·d_out; see `mup_jax.sophia`.
 
     Args:
-      hidden_exponent: of the fan-in; that of embeddings is fixed.
+      variant: "measured", or "gupta" with ε ∝ 1/d_out at any depth.
     """
+    _check_variant(variant, MeasuredOrGupta)
+    if variant == "gupta":
+        return Rule("sophia", PowerLaw(d_in=-1), PowerLaw(d_out=-1), source="[G]")
+    return replace(adam(), name="sophia", source="[G], measured")
+
+
+def lamb(*, variant: MeasuredOrGupta = "measured") -> Rule:
+    """LAMB: η ∝ 1/√d_in, but constant at readouts; ε as Adam.
+
+    Adam's update wants 1/d_in, of which the trust ratio ‖W‖_F/‖r‖_F has 1/√d_in in hidden matrices,
+    and all of it in readouts whose entries are ∝ 1/d_in or begin at zero.
+
+    Args:
+      variant: "measured", or "gupta" with η constant: [G] takes ‖W‖_F to be ∝ ‖W‖₂, which it is
+        not in random matrices.
+    """
+    _check_variant(variant, MeasuredOrGupta)
+    if variant == "gupta":
+        return Rule("lamb", PowerLaw(), adam().epsilon_law, source="[G]")
     return Rule(
         "lamb",
-        PowerLaw(d_in=hidden_exponent),
+        PowerLaw(d_in=-0.5),
         adam().epsilon_law,
         readout_learning_rate_law=PowerLaw(),
-        source="measured; [G]",
+        source="measured",
     )
 
 
@@ -192,14 +234,25 @@ def shampoo(
     relative_eps: bool = True,
     max_preconditioner_dim: int = 10_000,
     sides: Sides = "both",
+    variant: QiuOrGupta = "qiu",
 ) -> Rule:
     """Shampoo with exponent e on each of its sides; arguments as in `scale_by_shampoo`.
 
     With E the sum over its sides: η ∝ (d_out/d_in)^(1-E) · L^(1-2E) · n_blk^(-E); an absolute
-    ε ∝ d_in/(L²·d_out·n_blk), a relative one needs no rule. [G] covers E = 1/2 without blocks and
-    calls ε constant.
+    ε ∝ d_in/(L²·d_out·n_blk), a relative one needs no rule.
+
+    Args:
+      exponent: e; block_size, relative_eps, max_preconditioner_dim and sides too are those of the
+        transformation.
+      block_size: see exponent.
+      relative_eps: see exponent.
+      max_preconditioner_dim: see exponent.
+      sides: see exponent.
+      variant: "qiu", or "gupta" with an absolute ε constant, which [G] has for exponent=0.25
+        without blocks; it holds where d_out/d_in is fixed.
     """
-    return Rule(
+    _check_variant(variant, QiuOrGupta)
+    rule = Rule(
         "shampoo",
         PowerLaw(d_in=-1, d_out=1, depth=1),
         PowerLaw() if relative_eps else PowerLaw(d_in=1, d_out=-1, depth=-2, blocks=-1),
@@ -212,6 +265,9 @@ def shampoo(
         blocking=Blocking(block_size, max_preconditioner_dim, sides),
         source="[Q]",
     )
+    if variant == "gupta":
+        return replace(rule.with_constant_epsilon(), source="[G]")
+    return rule
 
 
 def soap(
@@ -236,7 +292,10 @@ def soap(
 
 
 def grafted(magnitude_rule: Rule) -> Rule:
-    """Q1#Q2: the rule of Q1, whose update sets the size."""
+    """Q1#Q2: the rule of Q1, whose update sets the size.
+
+    An ε of the graft itself, which is added to the norm of Q2's update, is ∝ √(d_out/d_in)/η_Q2.
+    """
     return replace(magnitude_rule, name=f"{magnitude_rule.name}#", source="[Q]")
 
 
@@ -258,3 +317,30 @@ def spectrally_normalized(inner: Rule | None = None) -> Rule:
         homogeneity_per_side=0.0,
         source="[Q]",
     )
+
+
+def budget_factor(*, batch_ratio: float = 1.0, duration_ratio: float = 1.0) -> float:
+    """The factor of η for another batch size and training duration: √(batch / duration).
+
+    It holds at any width and depth, for optimizers that normalize the gradient as Adam does, and
+    keeps the noise of a whole run what it is. Multiply the learning rate of the base model by it.
+
+    Args:
+      batch_ratio: tokens per step, over those with which η was tuned.
+      duration_ratio: tokens of the run, over those with which η was tuned.
+
+    Returns:
+      √κ for κ times the batch, 1/√κ for κ times the duration at a fixed batch.
+
+    Raises:
+      ValueError: a ratio is not positive.
+
+    References:
+      Mlodozeniec et al., `Completed hyperparameter transfer <https://arxiv.org/abs/2512.22382>`_,
+      2025; Malladi et al., `SDEs of adaptive methods <https://arxiv.org/abs/2205.10287>`_, 2022.
+    """
+    if min(batch_ratio, duration_ratio) <= 0:
+        raise ValueError(
+            f"batch_ratio={batch_ratio}, duration_ratio={duration_ratio}: give ratios above 0"
+        )
+    return math.sqrt(batch_ratio / duration_ratio)

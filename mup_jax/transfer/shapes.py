@@ -25,6 +25,15 @@ class ParamShape:
 
     Plain Python numbers: sharding, jit and checkpoints cannot lose them. Vectors (biases, norm
     gains) count as matrices with a fan-in of 1.
+
+    Attributes:
+      role: what the parameter is in the model.
+      d_in: fan-in.
+      d_out: fan-out.
+      base_d_in: fan-in in the base model.
+      base_d_out: fan-out in the base model.
+      depth_ratio: layers over layers of the base; 1 outside the residual blocks.
+      residual_exponent: α, where residual branches are multiplied by depth_ratio^(-α).
     """
 
     role: Role
@@ -33,6 +42,12 @@ class ParamShape:
     base_d_in: int
     base_d_out: int
     depth_ratio: float = 1.0
+    residual_exponent: float = 1.0
+
+    @property
+    def branch_divisor(self) -> float:
+        """L^α: what the residual branches are divided by, over that of the base."""
+        return self.depth_ratio**self.residual_exponent
 
     @property
     def width_ratio(self) -> float:
@@ -62,7 +77,7 @@ def map_shapes(function: Callable, shapes: PyTree, tree: PyTree) -> PyTree:
 
 def _infer_role(here: MatrixLayout, there: MatrixLayout) -> Role:
     in_grows, out_grows = here.d_in != there.d_in, here.d_out != there.d_out
-    if in_grows == out_grows:
+    if in_grows == out_grows or here.stack_axes:
         return "hidden"
     return "embedding" if out_grows else "readout"
 
@@ -73,64 +88,95 @@ def infer_shapes(
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     depth_ratio: float = 1.0,
+    residual_exponent: float = 1.0,
     roles: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """Compares a model with its base model and returns a tree of ParamShape.
 
     Both trees may be abstract (`jax.eval_shape` of the initialisation costs nothing). A matrix is
     an embedding where only its fan-out differs from the base, a readout where only its fan-in does,
-    and hidden otherwise.
+    and hidden otherwise; the matrices of a stack are hidden. `describe` shows what was found. Where
+    shapes do not tell, `roles` has to:
+
+    - a projection to a fixed number of key and value heads, in layers that are not stacked, looks
+      like a readout and is hidden;
+    - stacked vectors `(layers, width)` look like matrices and are vectors;
+    - a stack of embeddings or of readouts looks hidden.
+
+    A function can go by the names of the parameters, and leave the others to be inferred:
+
+        def roles(params):
+            role = lambda path, _: "hidden" if "kv" in jax.tree_util.keystr(path) else None
+            return jax.tree.map_with_path(role, params)
+
+    A table that is embedding and readout in one (tied) is one parameter and an embedding; the rules
+    hold if the model divides its logits by the width ratio. An embedding stored `(width, V)` is
+    turned around by its dimension numbers, `MuonDimensionNumbers(1, 0)`.
 
     Args:
       base_params: parameters, or their shapes, of the model in which hyperparameters were tuned.
       params: those of the model to train; the same structure.
       weight_dimension_numbers: which axes are fan-in and fan-out, as in `scale_by_muon`; scanned
-        layers `(layers, d_in, d_out)` are `MuonDimensionNumbers(-2, -1)`.
+        layers `(layers, d_in, d_out)` are `MuonDimensionNumbers(-2, -1)`, kernels of convolutions
+        `(height, width, d_in, d_out)` are `MuonDimensionNumbers((0, 1, 2), 3)`.
       depth_ratio: layers of the model over layers of the base; counts for hidden parameters and
         vectors only.
-      roles: "embedding", "hidden", "readout" or "vector" for each parameter, as a tree like
-        `params` or a function of it, where comparing shapes does not tell. With roles given, the
-        two trees may be equal: that is the base model itself, or one that is only deeper.
+      residual_exponent: α, from 1/2 to 1, where the model multiplies its residual branches by
+        depth_ratio^(-α): 1 for transformers and all branches of several matrices (CompleteP,
+        arXiv 2505.01618), 1/2 for branches of one matrix only (arXiv 2603.00541).
+      roles: "embedding", "hidden", "readout" or "vector" for each parameter, or None to infer it,
+        as a tree like `params` or a function of it. With the roles of all matrices given, the two
+        trees may be equal: that is the base model itself, or one that is only deeper.
 
     Returns:
       A tree of ParamShape with the structure of `params`.
 
     Raises:
-      ValueError: structures or ranks differ, no dimension differs and no roles are given, or a
-        role is unknown.
+      ValueError: structures or ranks differ, no dimension differs and the role of a matrix is to be
+        inferred, or an option is out of range.
     """
     structures: list[Any] = [jax.tree.structure(tree) for tree in (base_params, params)]
     if structures[0] != structures[1]:
         raise ValueError(
             "base_params and params have different structures: build both with the same code and "
-            f"only other widths; got {structures[0]} and {structures[1]}"
+            "only other widths, and with as many layers where these are not stacked; got "
+            f"{structures[0]} and {structures[1]}"
         )
     if depth_ratio <= 0:
         raise ValueError(f"depth_ratio={depth_ratio}: give layers / base layers, above 0")
+    if not 0.5 <= residual_exponent <= 1:
+        raise ValueError(
+            f"residual_exponent={residual_exponent}: give the α of the model's residual multiplier "
+            "depth_ratio^(-α), from 0.5 to 1; without a multiplier no rule holds over depths"
+        )
     if callable(roles):
         roles = roles(params)
     given_roles = jax.tree.map(lambda _: None, params) if roles is None else roles
-    paths = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
+    paths = jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
     numbers = resolve_dimension_numbers(weight_dimension_numbers, params)
+    inferred = []
 
     def shape_of(path: str, base: Any, leaf: Any, role: Any, number: Any) -> ParamShape:
         if len(base.shape) != len(leaf.shape):
             raise ValueError(f"{path} has shape {base.shape} in the base and {leaf.shape} here")
         if role is not None and role not in ROLES:
             raise ValueError(f"role {role!r} of {path}: choose one of {', '.join(ROLES)}")
+        depth = (depth_ratio, residual_exponent)
         if len(leaf.shape) < 2 or role == "vector":
             size, base_size = (int(x.shape[-1]) if x.shape else 1 for x in (leaf, base))
-            return ParamShape("vector", 1, size, 1, base_size, depth_ratio)
+            return ParamShape("vector", 1, size, 1, base_size, *depth)
         here, there = (matrix_layout(tuple(x.shape), number, path) for x in (leaf, base))
-        role = role or _infer_role(here, there)
-        depth = depth_ratio if role == "hidden" else 1.0
-        return ParamShape(role, here.d_in, here.d_out, there.d_in, there.d_out, depth)
+        if role is None:
+            role = _infer_role(here, there)
+            inferred.append(path)
+        of_blocks = depth if role == "hidden" else ()
+        return ParamShape(role, here.d_in, here.d_out, there.d_in, there.d_out, *of_blocks)
 
     shapes = jax.tree.map(shape_of, paths, base_params, params, given_roles, numbers)
-    if roles is None and all(s.width_ratio == 1 for s in jax.tree.leaves(shapes)):
+    if (roles is None or inferred) and all(s.width_ratio == 1 for s in jax.tree.leaves(shapes)):
         raise ValueError(
             "no dimension of params differs from base_params, so nothing tells an embedding from a "
             "hidden matrix: pass the tuned base model's shapes; for the base model itself, or a "
-            "model that is only deeper, say what each parameter is with roles="
+            "model that is only deeper, say with roles= what each matrix is"
         )
     return shapes

@@ -1,6 +1,7 @@
 """The wrapper: a scaled gradient stands for a scaled ε, and weight decay beside it."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import mup_jax
-from mup_jax import add_independent_weight_decay, infer_shapes, mup, rules
+from mup_jax import ParamShape, add_independent_weight_decay, infer_shapes, mup, rules
 
 # Square, as the null space of a lone covariance has no basis of its own.
 WIDTH, BASE, VOCABULARY, DEPTH = 12, 4, 12, 3.0
@@ -96,6 +97,70 @@ def test_scaling_the_gradient_is_scaling_epsilon(name):
         error = lambda x, want=want: np.linalg.norm(x - want) / np.linalg.norm(want)
         assert error(got) < 2e-3
         assert rule.epsilon(shape) == 1 or error(other) > 1e-2
+
+
+# Depth
+
+BLOCK_CASES = {name: (make(eps), rule) for name, (make, rule, eps) in EPSILON_CASES.items()} | {
+    "sgd": (optax.trace(0.9), rules.sgd()),
+    "lion": (optax.scale_by_lion(), rules.lion()),
+    "lamb": (optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()), rules.lamb()),
+    "adamuon": (mup_jax.scale_by_adamuon(orthogonalizer="svd"), rules.adamuon()),
+    "relative shampoo": (mup_jax.scale_by_shampoo(stagger=False), rules.shampoo()),
+    "spectral muon": (
+        optax.chain(
+            mup_jax.scale_by_muon(eps=0.5, orthogonalizer="newton_schulz", steps=2),
+            mup_jax.normalize_spectral_norm(),
+        ),
+        rules.spectrally_normalized(rules.muon()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCK_CASES)
+def test_a_layer_of_a_deep_model_changes_its_output_by_its_share(name):
+    """Gradients within blocks are L^(-α) of those of the base, and the share is L^(α-1)."""
+    inner, rule = BLOCK_CASES[name]
+    depth, alphas = 16.0, (1.0, 0.75, 0.5)
+    sizes = ("hidden", WIDTH, WIDTH, WIDTH, WIDTH)
+    shapes = [ParamShape(*sizes), *(ParamShape(*sizes, depth, alpha) for alpha in alphas)]
+    transformation = mup(inner, rule, shapes)
+    params = [PARAMS["hidden"]] * len(shapes)
+    state, update = transformation.init(params), jax.jit(transformation.update)
+    for gradient in gradients():
+        g = gradient["hidden"]
+        u, state = update([g, *(depth**-alpha * g for alpha in alphas)], state, params)
+    for alpha, got in zip(alphas, u[1:], strict=True):
+        want = depth ** (alpha - 1) * u[0]
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("inner", "rule", "learning_rate"),
+    [(optax.identity(), rules.sgd(), 1.0), (optax.scale_by_adam(), rules.adam(), 1e-3)],
+)
+def test_residual_networks_change_alike_at_every_depth(inner, rule, learning_rate, alpha):
+    width, base, depths = 16, 8, (8, 128)
+    rng = np.random.default_rng(0)
+    x, target = rng.normal(size=(2, 8, width))
+    layers = np.float32(rng.normal(size=(max(depths), width, width)) / width**0.5)
+
+    def change(depth):
+        """RMS of that of the last features, in the first step."""
+        multiplier = (base / depth) ** alpha / 4
+        block = lambda x, w: (x + multiplier * jnp.tanh(x) @ w, None)
+        features = jax.jit(lambda layers: jax.lax.scan(block, x, layers)[0])
+        shape = ParamShape("hidden", width, width, width, width, depth / base, alpha)
+        transformation = optax.chain(mup(inner, rule, shape), optax.scale(-learning_rate))
+        w = layers[:depth]
+        gradient = jax.jit(jax.grad(lambda w: jnp.mean(features(w) * target)))(w)
+        update, _ = transformation.update(gradient, transformation.init(w), w)
+        return np.sqrt(np.mean((features(w + update) - features(w)) ** 2))
+
+    shallow, deep = map(change, depths)
+    slope = math.log(deep / shallow) / math.log(depths[1] / depths[0])
+    assert abs(slope) < 0.1
 
 
 def test_relative_epsilon_needs_no_scaling():

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import runpy
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 import mup_jax
 from mup_jax import ParamShape, rules
+from mup_jax.transfer.tables import rules_page
 
 V, D, BLOCK = 96, 64, 16
 ROLES = ("embedding", "hidden", "readout")
@@ -36,7 +39,7 @@ LEARNING_RATES = {
     "lion": (rules.lion(), adam_table),
     "sophia": (rules.sophia(), adam_table),
     "lamb": (rules.lamb(), lambda k, n: (1, 1 / math.sqrt(k), 1)),
-    "lamb of [G]": (rules.lamb(hidden_exponent=0), one_table),
+    "lamb of [G]": (rules.lamb(variant="gupta"), one_table),
     "adamuon": (rules.adamuon(), adam_table),
     "spectral": (rules.spectrally_normalized(), one_table),
     "spectral shampoo ½, blocks": (
@@ -44,7 +47,7 @@ LEARNING_RATES = {
         one_table,
     ),
     "spectral soap": (rules.spectrally_normalized(rules.soap(block_size=None)), one_table),
-    "spectral lamb": (rules.spectrally_normalized(rules.lamb(hidden_exponent=1)), one_table),
+    "spectral lamb": (rules.spectrally_normalized(rules.lamb()), one_table),
     "grafted shampoo": (rules.grafted(rules.adam()), adam_table),
     "muon": (rules.muon(), muon_table),
     "shampoo ¼": (rules.shampoo(block_size=None, **SHAMPOO_4), muon_table),
@@ -62,7 +65,7 @@ EPSILONS = {
     "sgd": lambda i, o, n: 1,
     "adam": lambda i, o, n: 1 / (n * o),
     "adopt": lambda i, o, n: 1 / (n * o),
-    "lion": lambda i, o, n: 1 / (n * o),
+    "lion": lambda i, o, n: 1,
     "sophia": lambda i, o, n: 1 / (n * o),
     "lamb": lambda i, o, n: 1 / (n * o),
     "adamuon": lambda i, o, n: 1 / math.sqrt(i * o),
@@ -163,7 +166,7 @@ def test_factors_from_rung_to_rung_multiply(name):
         assert rule.learning_rate(shapes_of(6)[role]) == pytest.approx(through)
 
 
-@pytest.mark.parametrize("name", ["adam", "adopt", "lion", "sophia", "lamb"])
+@pytest.mark.parametrize("name", ["adam", "adopt", "sophia", "lamb"])
 def test_vectors_of_the_adam_family_keep_their_learning_rate(name):
     vector, rule = shapes_of(4, 2)["vector"], LEARNING_RATES[name][0]
     assert rule.learning_rate(vector) == 1
@@ -181,6 +184,110 @@ def test_homogeneity(name):
         degree = rule.homogeneity
         c = rule.gradient_scale(shape)
         assert rule.update_scale(shape) == pytest.approx(rule.learning_rate(shape) * c**-degree)
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_exponents_of_depth_follow_from_the_homogeneity(name):
+    # Within residual blocks gradients are ∝ 1/L.
+    rule = LEARNING_RATES[name][0]
+    depth = rule.learning_rate_law.depth + 2 * rule.learning_rate_per_side.depth
+    assert depth == rule.homogeneity
+    assert rule.learning_rate_per_side.depth == rule.homogeneity_per_side
+    assert rule.epsilon_law.depth == -rule.epsilon_degree
+
+
+def test_constant_epsilon():
+    for rule, _ in LEARNING_RATES.values():
+        constant = rule.with_constant_epsilon()
+        for shape in shapes_of(4, 2).values():
+            assert constant.learning_rate(shape) == rule.learning_rate(shape)
+            assert constant.epsilon(shape) == constant.gradient_scale(shape) == 1
+
+
+def test_variants_of_gupta_et_al():
+    shapes = shapes_of(4, 2)
+    shampoo = rules.shampoo(exponent=0.25, block_size=None, relative_eps=False, variant="gupta")
+    assert [shampoo.epsilon(shape) for shape in shapes.values()] == [1] * 4
+    assert [shampoo.learning_rate(shapes[role]) for role in ROLES] == pytest.approx([2, 1, 0.5])
+    sophia = rules.sophia(variant="gupta")
+    assert sophia.epsilon(shapes["hidden"]) == 1 / 4
+    assert sophia.learning_rate(shapes["hidden"]) == 1 / 4
+
+
+@pytest.mark.parametrize("rule", [rules.lamb, rules.sophia, rules.shampoo])
+def test_unknown_variants_are_refused(rule):
+    with pytest.raises(ValueError, match=r"variant='gutpa': choose .* or 'gupta'"):
+        rule(variant="gutpa")
+
+
+def test_a_limit_between_base_and_target_is_refused():
+    shape = ParamShape("hidden", 200, 200, 100, 100)
+    rule = rules.soap(max_preconditioner_dim=150)
+    for factor in (rule.learning_rate, rule.epsilon, rule.update_scale):
+        with pytest.raises(ValueError, match=r"max_preconditioner_dim=150 .*\(100, 100\)"):
+            factor(shape)
+
+
+def test_budget_factor():
+    assert rules.budget_factor() == 1
+    assert rules.budget_factor(batch_ratio=4) == 2
+    assert rules.budget_factor(duration_ratio=4) == 1 / 2
+    assert rules.budget_factor(batch_ratio=4, duration_ratio=4) == 1
+    with pytest.raises(ValueError, match="duration_ratio=0"):
+        rules.budget_factor(duration_ratio=0)
+
+
+# The documentation
+
+PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
+# η for width k and depth N; names are parts of a row's first cell.
+WORKED_OUT = {
+    ("Adam", "grafted Shampoo", "AdaMuon", "SOAP with a fixed block size"): ("1", "1/k", "1/k"),
+    ("Shampoo(¼) with a fixed block size",): ("1", "1/k", "1/k"),
+    ("Muon", "Shampoo(¼) without blocks", "SOAP without blocks"): ("√k", "1", "1/√k"),
+    ("Muon-Adam",): ("1", "1", "1/k"),
+    ("Shampoo² without blocks",): ("1", "1/N", "1"),
+    ("Shampoo² with a fixed block size",): ("1/k", "1/(k²·N)", "1/k"),
+    ("spectral normalization",): ("1", "1", "1"),
+}
+
+
+def test_the_documentation_is_up_to_date(capsys):
+    runpy.run_module("mup_jax.transfer", run_name="__main__")
+    assert capsys.readouterr().out == rules_page() == PAGE.read_text(encoding="utf-8"), (
+        "write it anew: python -m mup_jax.transfer > docs/rules.md"
+    )
+
+
+def rows(columns):
+    """Name -> other cells, from the table of so many columns."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0]: row[1:] for row in cells if len(row) == columns}
+
+
+@pytest.mark.parametrize("names", WORKED_OUT)
+def test_the_documentation_has_the_factors_worked_out_by_hand(names):
+    found = {name: row for group, row in rows(columns=4).items() for name in group.split("; ")}
+    want = [f"`{cell}`" for cell in WORKED_OUT[names]]
+    assert {name: found[name] for name in names} == dict.fromkeys(names, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("SGD", "`d_out·L/d_in` – 1 [G], [Y]"),
+        ("Adam(W)", "`1/d_in` `1/(d_out·L)` 0 [Q], [G]"),
+        ("Muon", "`√d_out/√d_in` `√d_in/(√d_out·L)` 0 [Q], [G]"),
+        ("LAMB", "`1/√d_in`; readout `1` `1/(d_out·L)` 0 measured"),
+        ("Shampoo(½, ½) = Shampoo²", "`1/(L·n)` `d_in/(d_out·L²·n)` -1 [Q]"),
+        ("Shampoo(½), one side", "`√d_out/(√d_in·√n)` `d_in/(d_out·L²·n)` 0 [Q]"),
+        ("SOAP", "`√b_in·√b_out/d_in` `√b_in·√b_out/(d_out·L)` 0 [Q]"),
+        ("SOAP, out side only", "`√b_out/d_in` `√b_out/(d_out·L)` 0 [Q]"),
+    ],
+)
+def test_formulas_of_the_documentation(name, row):
+    assert " ".join(rows(columns=5)[name]) == row
 
 
 def test_epsilon_of_adamuon_is_out_of_the_gradient_s_reach():

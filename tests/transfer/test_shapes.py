@@ -4,11 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from mup_jax import ParamShape, infer_shapes
+import mup_jax
+from mup_jax import ParamShape, infer_shapes, rules
 from mup_jax.transfer.shapes import map_shapes
 
 
@@ -95,6 +97,106 @@ def test_roles_follow_from_which_sides_grow():
     }
 
 
+# What real models have
+
+
+def inferred(shapes_of, base=16, target=64, **options):
+    """From `shapes_of(width)`, a dict of shapes."""
+    trees = (
+        jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+            shapes_of(width),
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        for width in (base, target)
+    )
+    return infer_shapes(*trees, **options)
+
+
+LAYERS = MuonDimensionNumbers(-2, -1)
+
+
+def test_stacked_layers_of_grouped_query_attention():
+    def shapes_of(width):
+        return {
+            "qkv": (2, width, 3 * width),
+            "kv of two heads": (2, width, 2 * 8),
+            "kv of more heads": (2, width, width // 2),
+            "router": (2, width, 4),
+            "experts": (2, 4, width, 3 * width),
+        }
+
+    got = inferred(shapes_of, weight_dimension_numbers=LAYERS, depth_ratio=2.0)
+    assert got == {
+        "qkv": ParamShape("hidden", 64, 192, 16, 48, 2.0),
+        "kv of two heads": ParamShape("hidden", 64, 16, 16, 16, 2.0),
+        "kv of more heads": ParamShape("hidden", 64, 32, 16, 8, 2.0),
+        "router": ParamShape("hidden", 64, 4, 16, 4, 2.0),
+        "experts": ParamShape("hidden", 64, 192, 16, 48, 2.0),
+    }
+
+
+def test_roles_by_the_names_of_parameters():
+    def shapes_of(width):
+        layer = {"kv": (width, 8), "up": (width, 3 * width)}
+        return {"embed": (100, width), "layers": [layer] * 2, "head": (width, 100)}
+
+    def roles(params):
+        role = lambda path, _: "hidden" if "kv" in jax.tree_util.keystr(path) else None
+        return jax.tree.map_with_path(role, params)
+
+    assert inferred(shapes_of)["layers"][0]["kv"].role == "readout"
+    got = inferred(shapes_of, roles=roles, depth_ratio=3.0, residual_exponent=0.5)
+    layer = {
+        "kv": ParamShape("hidden", 64, 8, 16, 8, 3.0, 0.5),
+        "up": ParamShape("hidden", 64, 192, 16, 48, 3.0, 0.5),
+    }
+    assert got == {
+        "embed": ParamShape("embedding", 100, 64, 100, 16),
+        "layers": [layer] * 2,
+        "head": ParamShape("readout", 64, 100, 16, 100),
+    }
+    with pytest.raises(ValueError, match="roles="):
+        inferred(shapes_of, target=16, roles=roles)
+
+
+def test_convolutions():
+    shapes = lambda width: {"first": (3, 3, 3, width), "next": (3, 3, width, 2 * width)}
+    got = inferred(shapes, weight_dimension_numbers=MuonDimensionNumbers((0, 1, 2), 3))
+    assert got == {
+        "first": ParamShape("embedding", 27, 64, 27, 16),
+        "next": ParamShape("hidden", 9 * 64, 128, 9 * 16, 32),
+    }
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "muon"])
+def test_tied_embeddings_transfer_when_logits_are_divided_by_the_width_ratio(rule):
+    inner = {
+        "sgd": optax.identity(),
+        "adam": optax.scale_by_adam(),
+        "muon": mup_jax.scale_by_muon(orthogonalizer="svd"),
+    }[rule]
+    base, widths, vocabulary = 64, (64, 1024), 32
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(vocabulary, size=(2, 16))
+
+    def changes(width):
+        """RMS of those of features and logits, in the first step."""
+        table = np.float32(rng.normal(size=(vocabulary, width)))
+        shape = infer_shapes(jnp.zeros((vocabulary, base)), table, roles="embedding")
+        transformation = mup_jax.mup(inner, getattr(rules, rule)(), shape)
+        logits = lambda table: table[x] @ table.T / shape.width_ratio / base
+        loss = lambda t: optax.softmax_cross_entropy_with_integer_labels(logits(t), y).mean()
+        u, _ = transformation.update(jax.grad(loss)(table), transformation.init(table))
+        moved = table - 1e-2 * u
+        differences = (moved[x] - table[x], logits(moved) - logits(table))
+        return [float(jnp.sqrt(jnp.mean(jnp.square(d)))) for d in differences]
+
+    narrow, wide = (changes(width) for width in widths)
+    slopes = np.log(np.divide(wide, narrow)) / np.log(widths[1] / widths[0])
+    assert np.abs(slopes).max() < 0.1, slopes
+
+
 def test_dimension_numbers_turn_the_matrix_around():
     base, target = {"head": jnp.zeros((10, 4))}, {"head": jnp.zeros((10, 8))}
     numbers = MuonDimensionNumbers(1, 0)
@@ -139,6 +241,9 @@ def test_depth_alone_does_not_tell_roles(layers):
         ({"a": (2, 2, 4)}, {"a": (2, 2, 8)}, {}, "weight_dimension_numbers"),
         ({"a": (2, 4)}, {"a": (2, 8)}, {"roles": {"a": "output"}}, "role 'output' of .*readout"),
         ({"a": (2, 4)}, {"a": (2, 8)}, {"depth_ratio": 0}, "depth_ratio=0"),
+        ({"a": (2, 4)}, {"a": (2, 8)}, {"residual_exponent": 0}, "residual_exponent=0.*0.5 to 1"),
+        ({"a": (4,)}, {"a": (4,)}, {}, "no dimension of params differs"),
+        ({"a": (4, 4)}, {"a": (4, 4)}, {"roles": {"a": None}}, "no dimension of params differs"),
     ],
 )
 def test_what_is_refused(base, target, options, message):
@@ -160,3 +265,47 @@ def test_shapes_are_no_arrays():
     roles = map_shapes(lambda s, x: s.role, shapes, cut)
     assert roles == {**ROLES, "blocks": cut["blocks"]}
     assert hash(shapes["embed"]) == hash(ParamShape("embedding", 100, 32, 100, 16))
+
+
+# The table of a model
+
+DESCRIBED = """\
+| parameter | role | base | here | η | ε | λ |
+| --- | --- | --- | --- | --- | --- | --- |
+| blocks/gain | vector | 1×16 | 1×64 | 1 | 0.08333 | – |
+| blocks/qkv | hidden | 16×48 | 64×192 | 1 | 0.3333 | 0.25 |
+| blocks/up | hidden | 16×64 | 64×256 | 1 | 0.3333 | 0.25 |
+| embed | embedding | 100×16 | 100×64 | 1 | 0.25 | 0.25 |
+| head | readout | 16×100 | 64×100 | 0.25 | 1 | 0.25 |
+| temperature | vector | 1×1 | 1×1 | 1 | 0.3333 | – |
+"""
+
+
+def test_describe():
+    shapes = infer(model(16), model(64), depth_ratio=3.0, roles=ROLES)
+    del shapes["bias"]
+    by_role = dict.fromkeys(["embedding", "readout", "vector"], rules.adam())
+    by_role["hidden"] = rules.muon()
+    assert mup_jax.describe(shapes, by_role) == DESCRIBED
+
+    del by_role["vector"]
+    with pytest.raises(ValueError, match="no rule for the role 'vector', only for embedding"):
+        mup_jax.describe(shapes, by_role)
+
+
+@pytest.mark.parametrize(
+    ("rule", "scaling", "factors"),
+    [
+        (rules.adam(), "constant", ["0.25", "0.08333", "1"]),
+        (rules.adam(), "none", ["0.25", "0.08333", "0"]),
+        (rules.sgd(), "1/width", ["3", "–", "0.25"]),
+        # relative
+        (rules.shampoo(block_size=None), "1/width", ["0.3333", "–", "0.25"]),
+        # not compared with the gradient
+        (rules.adamuon(), "1/width", ["0.25", "–", "0.25"]),
+    ],
+)
+def test_factors_described(rule, scaling, factors):
+    shapes = {"up": ParamShape("hidden", 64, 256, 16, 64, 3.0)}
+    line = mup_jax.describe(shapes, rule, weight_decay_scaling=scaling).splitlines()[-1]
+    assert line == f"| up | hidden | 16×64 | 64×256 | {' | '.join(factors)} |"
