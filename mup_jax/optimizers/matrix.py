@@ -44,11 +44,11 @@ def adamuon(
     """AdaMuon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
-        `adamw`.
+      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling: as in `adamw`.
       b1, b2, eps, nesterov, muon_eps, orthogonalizer, steps, weight_dimension_numbers: as in
         `scale_by_adamuon`.
       hidden_only, spectral_norm, adam_learning_rate, adam_b1, adam_b2, adam_eps: as in `muon`.
+      scale_epsilon: as in `adamw`, of Adam; `eps` and `muon_eps` are the same at every size.
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
