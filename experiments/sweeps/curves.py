@@ -22,20 +22,30 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def curve(
-    label: str, learning_rate: float, options: Mapping[str, Any], **settings: Any
-) -> ConfigDict:
-    """The curve of an optimizer; `options` add to its own, `settings` to those of the curve."""
+# Options of the optimizers of `mup_jax.optimizers`, by their names there.
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def curve(label: str, learning_rate: float, common: Options, **settings: Any) -> ConfigDict:
+    """The curve of an optimizer.
+
+    Args:
+      label: of `OPTIMIZERS`.
+      learning_rate: of the base.
+      common: options that all curves share.
+      settings: keys of a curve; any others are further options of this one.
+    """
     name, own = OPTIMIZERS[label]
     chosen = default_curve()
+    options = {key: settings.pop(key) for key in list(settings) if key not in chosen}
     chosen.update(optimizer=name, learning_rate=learning_rate, **settings)
-    chosen.options = ConfigDict({**own, **options})
+    chosen.options = ConfigDict({**own, **common.get(name, {}), **options})
     return chosen
 
 
 def width_curves(
     rates: Mapping[str, float],
-    options: Mapping[str, Mapping[str, Any]],
+    common: Options,
     *,
     blocked: Sequence[str],
     block_size: int,
@@ -45,22 +55,59 @@ def width_curves(
 
     Args:
       rates: base learning rate of each optimizer, by label.
-      options: of the optimizers of `mup_jax.optimizers`, by their names there.
+      common: options that all curves share.
       blocked: labels of those that are tried with blocks too.
       block_size: of these.
       normalized: base learning rates of those that are tried with spectral normalization.
     """
-
-    def of(label: str, rate: float, parametrization: str = "mup", **more: Any) -> ConfigDict:
-        common = options.get(OPTIMIZERS[label][0], {})
-        return curve(label, rate, {**common, **more}, parametrization=parametrization)
-
     curves: dict[str, dict[str, ConfigDict]] = {}
     for label, rate in rates.items():
-        curves[label] = {"SP": of(label, rate, "sp"), "µP": of(label, rate)}
+        curves[label] = {
+            "SP": curve(label, rate, common, parametrization="sp"),
+            "µP": curve(label, rate, common),
+        }
         if label in blocked:
-            curves[label][f"µP, blocks of {block_size}"] = of(label, rate, block_size=block_size)
+            of_blocks = curve(label, rate, common, block_size=block_size)
+            curves[label][f"µP, blocks of {block_size}"] = of_blocks
         if label in normalized:
-            normal = of(label, normalized[label], spectral_norm=True)
+            normal = curve(label, normalized[label], common, spectral_norm=True)
             curves[label]["µP, spectral norm"] = normal
     return ConfigDict(curves)
+
+
+def depth_curves(rates: Mapping[str, float], common: Options) -> ConfigDict:
+    """Residual branches times 1/depth with the rule's depth factors (α = 1), or neither (α = 0)."""
+    parametrizations = {"α = 0": "sp", "α = 1": "mup"}
+    return ConfigDict(
+        {
+            label: {
+                name: curve(label, rate, common, parametrization=parametrization)
+                for name, parametrization in parametrizations.items()
+            }
+            for label, rate in rates.items()
+        }
+    )
+
+
+def weight_decay_curves(
+    rates: Mapping[str, float], common: Options, *, weight_decay: float
+) -> ConfigDict:
+    """Independent weight decay as it is at every width, around `weight_decay`."""
+    settings: dict[str, Any] = {"weight_decay": weight_decay, "weight_decay_scaling": "constant"}
+    return ConfigDict(
+        {label: {"µP": curve(label, rate, common, **settings)} for label, rate in rates.items()}
+    )
+
+
+def epsilon_curves(rates: Mapping[str, float], common: Options, *, epsilon: float) -> ConfigDict:
+    """Every absolute ε, around `epsilon`, scaled by its rule and not."""
+    scalings = {"ε constant": False, "ε by its rule": True}
+    return ConfigDict(
+        {
+            label: {
+                name: curve(label, rate, common, epsilon=epsilon, scale_epsilon=scale)
+                for name, scale in scalings.items()
+            }
+            for label, rate in rates.items()
+        }
+    )

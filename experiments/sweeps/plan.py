@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from experiments.cells.cell import Cell, check_workers
 from mup_jax import data
-from mup_jax.models.llama import forward_flops_per_token
+from mup_jax.models.llama import forward_flops_per_token, num_parameters
 from mup_jax.training import config as config_lib
 from mup_jax.training import default_config, validate
 
@@ -39,8 +39,9 @@ def default_sweep() -> ConfigDict:
     """Every key that a sweep has.
 
     `vary` is "width" or "depth", of which `sizes` ascend; the first is the base. All runs are
-    `train` but for size, base, optimizer and seed. `swept` is "learning_rate", "weight_decay" or
-    "epsilon". `curves` are `default_curve`s by the optimizer's label and the variant's.
+    `train` but for size, base, optimizer and seed, and for tokens where `tokens_per_parameter` is
+    not 0. `swept` is "learning_rate", "weight_decay" or "epsilon". `curves` are `default_curve`s by
+    the optimizer's label and the variant's.
 
     At the base, values of `reach` factors of `step` to either side of a curve's own are tried.
     Where `follow` is true, larger sizes try the best of the size before and its neighbours, and
@@ -54,6 +55,7 @@ def default_sweep() -> ConfigDict:
             "train": default_config(),
             "vary": "width",
             "sizes": (16, 32),
+            "tokens_per_parameter": 0.0,
             "swept": "learning_rate",
             "step": 2.0,
             "reach": 2,
@@ -119,8 +121,7 @@ class Sweep:
 
     def _make_cells(self, curve: Curve, size: int, value: float) -> list[Cell]:
         settings = curve.settings
-        config = copy.deepcopy(self.config.train)
-        config.model[self.config.vary] = size
+        config = self._sized(size)
         mup = settings.parametrization == "mup"
         config.base[self.config.vary] = self.sizes[0] if mup else size
         config.optimizer = {
@@ -179,9 +180,17 @@ class Sweep:
             for size in self.sizes:
                 validate(self._make_cells(curve, size, self.value(curve, 0))[0].config)
 
-    def _flops(self, size: int, vocab_size: int) -> float:
+    def _sized(self, size: int) -> ConfigDict:
         config = copy.deepcopy(self.config.train)
         config.model[self.config.vary] = size
+        if self.config.tokens_per_parameter:
+            vocab_size = data.make_tokenizer(config.data.tokenizer).vocab_size
+            parameters = num_parameters(config_lib.model_config(config, vocab_size))
+            config.tokens = int(self.config.tokens_per_parameter * parameters)
+        return config
+
+    def _flops(self, size: int, vocab_size: int) -> float:
+        config = self._sized(size)
         model = config_lib.model_config(config, vocab_size)
         tokens = config_lib.steps_of(config) * config.batch_size * config.context
         return 3 * forward_flops_per_token(model, config.context) * tokens

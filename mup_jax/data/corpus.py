@@ -1,7 +1,8 @@
-"""Real text that is on every machine already, as documents, and its split by document."""
+"""Text as documents: what is on every machine already, or any files; and its split by document."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -54,6 +55,24 @@ def standard_library() -> list[Document]:
         for name in names
         if name not in _SKIPPED_FILES
     ]
+
+
+def text_files(pattern: str) -> list[Document]:
+    """Files of UTF-8 text, each a document, cleaned as `standard_library` is.
+
+    Args:
+      pattern: of paths, as `glob.glob` takes it; `**` stands for any folders.
+
+    Returns:
+      Documents sorted by name, which is the path.
+
+    Raises:
+      ValueError: no file matches.
+    """
+    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
+    if not paths:
+        raise ValueError(f"no file matches {pattern!r}: give the path of text files, or a pattern")
+    return [Document(path.as_posix(), _clean(path.read_bytes())) for path in paths]
 
 
 def split_documents(

@@ -13,12 +13,15 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from mup_jax.data.corpus import Document, split_documents, standard_library
+from mup_jax.data.corpus import Document, split_documents, standard_library, text_files
 from mup_jax.data.tokenizer import Tokenizer, make_tokenizer
 
 Batch = dict[str, NDArray[np.int32]]
 
-_SOURCES: dict[str, Callable[[], list[Document]]] = {"stdlib": standard_library}
+_SOURCES: dict[str, Callable[[str], list[Document]]] = {
+    "stdlib": lambda _: standard_library(),
+    "files": text_files,
+}
 
 
 class Tokens(NamedTuple):
@@ -41,18 +44,19 @@ def load(source: str, tokenizer: str) -> Tokens:
     """Reads a corpus, splits it by document, and tokenizes both sides.
 
     Args:
-      source: "stdlib", the standard library's source files (see `standard_library`).
+      source: "stdlib", the standard library's source files (see `standard_library`), or "files:" and
+        a pattern of paths (see `text_files`).
       tokenizer: a name that `make_tokenizer` knows.
 
     Raises:
       ValueError: the source or the tokenizer is unknown, or the corpus is empty.
     """
-    if source not in _SOURCES:
-        raise ValueError(f"unknown text source {source!r}: choose one of {sorted(_SOURCES)}")
+    kind, _, pattern = source.partition(":")
+    if kind not in _SOURCES or (kind == "files") != bool(pattern):
+        raise ValueError(f"unknown text source {source!r}: choose 'stdlib' or 'files:PATTERN'")
     encoder = make_tokenizer(tokenizer)
-    train, validation = (
-        tokenize(documents, encoder) for documents in split_documents(_SOURCES[source]())
-    )
+    documents = _SOURCES[kind](pattern)
+    train, validation = (tokenize(side, encoder) for side in split_documents(documents))
     return Tokens(
         train, validation, encoder.vocab_size, f"{fingerprint(train)}-{fingerprint(validation)}"
     )

@@ -49,8 +49,33 @@ def test_load():
 
 
 def test_unknown_source():
-    with pytest.raises(ValueError, match="unknown text source 'web': choose one of"):
+    with pytest.raises(ValueError, match="unknown text source 'web': choose 'stdlib' or 'files:"):
         load("web", "char")
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "deep").mkdir()
+    texts = {f"{folder}{i}.txt": f"text {i} of {folder}\tæ\n" for folder in ("", "deep/")
+             for i in range(40)}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "other.md").write_text("not this")
+    tokens = load(f"files:{tmp_path}/**/*.txt", "char")
+    decoded = [make_tokenizer("char").decode(side) for side in (tokens.train, tokens.validation)]
+    expected = sorted(text.replace("æ", "").expandtabs(8) for text in texts.values())
+    assert sorted(line + "\n" for side in decoded for line in side.split("\n") if line) == expected
+    assert len(tokens.validation) < len(tokens.train)
+
+
+@pytest.mark.parametrize("source", ["files:", "files", "stdlib:x"])
+def test_incomplete_sources(source):
+    with pytest.raises(ValueError, match="choose 'stdlib' or 'files:PATTERN'"):
+        load(source, "char")
+
+
+def test_no_such_files(tmp_path):
+    with pytest.raises(ValueError, match=r"no file matches .*nothing\*': give the path"):
+        load(f"files:{tmp_path}/nothing*", "char")
 
 
 def test_tokenize_joins_documents_by_newlines():

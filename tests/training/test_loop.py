@@ -251,7 +251,7 @@ def test_too_little_text(tmp_path, monkeypatch, documents, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__source": "nowhere"}, "unknown text source 'nowhere': choose one of"),
+        ({"data__source": "nowhere"}, "unknown text source 'nowhere': choose"),
         ({"data__tokenizer": "words"}, "unknown tokenizer 'words'"),
         ({"model__width": 17}, "width=17 is not a multiple"),
         ({"batch_size": 12}, "batch_size=12 cannot be divided over 8 devices"),

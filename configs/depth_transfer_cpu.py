@@ -1,0 +1,21 @@
+"""Learning rates of four optimizers over an 8-fold depth, minutes on two CPU cores.
+
+    python -m experiments.depth_transfer --config=configs/depth_transfer_cpu.py \\
+        --workdir=runs/depth_transfer_cpu
+"""
+
+from ml_collections import ConfigDict
+
+from configs.lr_transfer_cpu import OPTIONS, RATES, small_sweep
+from experiments.sweeps.curves import depth_curves
+
+
+def get_config() -> ConfigDict:
+    config = small_sweep(steps=150)
+    config.vary = "depth"
+    config.sizes = (3, 6, 12, 24)
+    config.reach = 1
+    config.train.model.width = config.train.base.width = 32
+    labels = ("AdamW", "Muon-Adam", "#Shampoo²", "SOAP")
+    config.curves = depth_curves({label: RATES[label] for label in labels}, OPTIONS)
+    return config

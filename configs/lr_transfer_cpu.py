@@ -1,0 +1,64 @@
+"""Learning rates of seven optimizers over an 8-fold width, minutes on two CPU cores.
+
+    python -m experiments.lr_transfer --config=configs/lr_transfer_cpu.py \\
+        --workdir=runs/lr_transfer_cpu
+    python -m experiments.lr_transfer --config=configs/lr_transfer_cpu.py:repaired \\
+        --workdir=runs/lr_transfer_repaired_cpu
+
+The first compares standard parametrization (SP) with µP; the second is µP with blocks of 16, or
+with spectral normalization, of the optimizers whose updates become dense without.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from experiments.sweeps.curves import width_curves
+from experiments.sweeps.plan import default_sweep
+
+RATES = {
+    "AdamW": 3.2e-2,
+    "Muon": 6.4e-2,
+    "Muon-Adam": 6.4e-2,
+    "Shampoo": 6.4e-2,
+    "#Shampoo²": 3.2e-2,
+    "SOAP": 3.2e-2,
+    "AdaMuon": 8e-3,
+}
+MOMENTS = {"b1": 0.9, "b2": 0.95}
+OPTIONS = {"adamw": MOMENTS, "shampoo": MOMENTS, "soap": MOMENTS | {"exact_steps": 20}}
+
+
+def small_sweep(steps: int) -> ConfigDict:
+    """The network and the budget that the CPU's sweeps share, in steps of 512 characters."""
+    config = default_sweep()
+    config.workers = min(os.cpu_count() or 1, 8)
+    config.platform = "cpu"
+    train = config.train
+    train.model.update(depth=2, head_dim=16, mlp_ratio=1, mlp="gelu", positions="learned")
+    train.base.update(width=16, depth=2)
+    train.update(context=64, batch_size=8, tokens=steps * 512, warmup_tokens=steps // 10 * 512)
+    train.update(clip_norm=0.0, eval_batches=64, checkpoint_every=0, measure_optimizer=False)
+    return config
+
+
+def get_config(which: str = "plain") -> ConfigDict:
+    config = small_sweep(steps=200)
+    config.sizes = (16, 32, 64, 128)
+    config.reach = 1
+    curves = width_curves(
+        RATES,
+        OPTIONS,
+        blocked=("#Shampoo²", "SOAP"),
+        block_size=16,
+        normalized={"Shampoo": 6.4e-2, "SOAP": 6.4e-2, "AdaMuon": 6.4e-2},
+    )
+    chosen = {"plain": ("SP", "µP"), "repaired": ("µP, blocks of 16", "µP, spectral norm")}
+    if which not in chosen:
+        raise ValueError(f"configs/lr_transfer_cpu.py:{which}: choose one of {', '.join(chosen)}")
+    config.curves = {
+        label: {name: curve for name, curve in variants.items() if name in chosen[which]}
+        for label, variants in curves.items()
+        if any(name in chosen[which] for name in variants)
+    }
+    return config

@@ -1,0 +1,21 @@
+"""Weight decay of two optimizers over an 8-fold width, minutes on two CPU cores.
+
+    python -m experiments.weight_decay_transfer --config=configs/weight_decay_transfer_cpu.py \\
+        --workdir=runs/weight_decay_transfer_cpu
+"""
+
+from ml_collections import ConfigDict
+
+from configs.lr_transfer_cpu import OPTIONS, RATES, small_sweep
+from experiments.sweeps.curves import weight_decay_curves
+
+
+def get_config() -> ConfigDict:
+    config = small_sweep(steps=600)
+    config.sizes = (16, 32, 64, 128)
+    config.swept = "weight_decay"
+    config.carried = {"λ·width the same": -1.0, "λ the same": 0.0}
+    config.also = (0.0,)
+    rates = {label: RATES[label] for label in ("AdamW", "Muon-Adam")}
+    config.curves = weight_decay_curves(rates, OPTIONS, weight_decay=4e-3)
+    return config
