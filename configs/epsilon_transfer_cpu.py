@@ -1,4 +1,4 @@
-"""ε of two optimizers over an 8-fold width, minutes on two CPU cores.
+"""ε of three optimizers over an 8-fold width, minutes on two CPU cores.
 
     python -m experiments.epsilon_transfer --config=configs/epsilon_transfer_cpu.py \\
         --workdir=runs/epsilon_transfer_cpu
@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     config.step = 4.0
     config.reach = 3
     config.follow = False
-    rates = {label: RATES[label] for label in ("AdamW", "Muon-Adam")}
-    config.curves = epsilon_curves(rates, OPTIONS, epsilon=1e-3)
+    epsilons = {"AdamW": 1e-3, "Muon-Adam": 1e-3, "Shampoo": 1e-5}
+    rates = {label: RATES[label] for label in epsilons}
+    options = OPTIONS | {"shampoo": OPTIONS["shampoo"] | {"relative_eps": False}}
+    config.curves = epsilon_curves(rates, options, epsilons)
     return config

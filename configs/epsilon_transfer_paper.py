@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     config.sizes = (128, 256, 512, 1024, 2048, 4096)
     config.swept = "epsilon"
     config.step = 4.0
-    rates = {label: RATES[label] for label in ("Muon-Adam", "SOAP")}
-    config.curves = epsilon_curves(rates, OPTIONS, epsilon=1e-4)
+    epsilons = {"Muon-Adam": 1e-4, "Shampoo": 1e-6, "SOAP": 1e-4}
+    rates = {label: RATES[label] for label in epsilons}
+    options = OPTIONS | {"shampoo": {**OPTIONS["shampoo"], "relative_eps": False}}
+    config.curves = epsilon_curves(rates, options, epsilons)
     return config

@@ -4,16 +4,19 @@
         --workdir=runs/lr_transfer_cpu
     python -m experiments.lr_transfer --config=configs/lr_transfer_cpu.py:repaired \\
         --workdir=runs/lr_transfer_repaired_cpu
+    python -m experiments.lr_transfer --config=configs/lr_transfer_cpu.py:lamb \\
+        --workdir=runs/lr_transfer_lamb_cpu
 
 The first compares standard parametrization (SP) with µP; the second is µP with blocks of 16, or
-with spectral normalization, of the optimizers whose updates become dense without.
+with spectral normalization, of the optimizers whose updates become dense without; the third is LAMB
+by the rule of Gupta et al. and by the measured one.
 """
 
 import os
 
 from ml_collections import ConfigDict
 
-from experiments.sweeps.curves import width_curves
+from experiments.sweeps.curves import lamb_curves, width_curves
 from experiments.sweeps.plan import default_sweep
 
 RATES = {
@@ -46,6 +49,9 @@ def get_config(which: str = "plain") -> ConfigDict:
     config = small_sweep(steps=200)
     config.sizes = (16, 32, 64, 128)
     config.reach = 1
+    if which == "lamb":
+        config.curves = lamb_curves({"LAMB": 1.6e-2})
+        return config
     curves = width_curves(
         RATES,
         OPTIONS,
@@ -55,7 +61,9 @@ def get_config(which: str = "plain") -> ConfigDict:
     )
     chosen = {"plain": ("SP", "µP"), "repaired": ("µP, blocks of 16", "µP, spectral norm")}
     if which not in chosen:
-        raise ValueError(f"configs/lr_transfer_cpu.py:{which}: choose one of {', '.join(chosen)}")
+        raise ValueError(
+            f"configs/lr_transfer_cpu.py:{which}: choose plain, repaired or lamb after the colon"
+        )
     config.curves = {
         label: {name: curve for name, curve in variants.items() if name in chosen[which]}
         for label, variants in curves.items()

@@ -19,6 +19,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "#Shampoo²": ("shampoo", {**_EVERYWHERE, **_UNBLOCKED}),
     "SOAP": ("soap", _UNBLOCKED),
     "AdaMuon": ("adamuon", _EVERYWHERE),
+    "LAMB": ("lamb", {}),
 }
 
 
@@ -75,6 +76,20 @@ def width_curves(
     return ConfigDict(curves)
 
 
+def lamb_curves(rates: Mapping[str, float]) -> ConfigDict:
+    """LAMB in SP, and by the rule of Gupta et al. (arXiv 2602.20937) and the measured one."""
+    return ConfigDict(
+        {
+            label: {
+                "SP": curve(label, rate, {}, parametrization="sp"),
+                "rule of Gupta": curve(label, rate, {}, variant="gupta"),
+                "rule as measured": curve(label, rate, {}, variant="measured"),
+            }
+            for label, rate in rates.items()
+        }
+    )
+
+
 def depth_curves(rates: Mapping[str, float], common: Options) -> ConfigDict:
     """Residual branches times 1/depth with the rule's depth factors (α = 1), or neither (α = 0)."""
     parametrizations = {"α = 0": "sp", "α = 1": "mup"}
@@ -99,13 +114,18 @@ def weight_decay_curves(
     )
 
 
-def epsilon_curves(rates: Mapping[str, float], common: Options, *, epsilon: float) -> ConfigDict:
-    """Every absolute ε, around `epsilon`, scaled by its rule and not."""
+def epsilon_curves(
+    rates: Mapping[str, float], common: Options, epsilons: Mapping[str, float]
+) -> ConfigDict:
+    """Every absolute ε, around that of the optimizer's label, scaled by its rule and not.
+
+    Constant is what Gupta et al. (arXiv 2602.20937) have for Shampoo's.
+    """
     scalings = {"ε constant": False, "ε by its rule": True}
     return ConfigDict(
         {
             label: {
-                name: curve(label, rate, common, epsilon=epsilon, scale_epsilon=scale)
+                name: curve(label, rate, common, epsilon=epsilons[label], scale_epsilon=scale)
                 for name, scale in scalings.items()
             }
             for label, rate in rates.items()

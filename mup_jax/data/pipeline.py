@@ -44,8 +44,8 @@ def load(source: str, tokenizer: str) -> Tokens:
     """Reads a corpus, splits it by document, and tokenizes both sides.
 
     Args:
-      source: "stdlib", the standard library's source files (see `standard_library`), or "files:" and
-        a pattern of paths (see `text_files`).
+      source: "stdlib", the standard library's source files (see `standard_library`), or "files:"
+        and a pattern of paths (see `text_files`).
       tokenizer: a name that `make_tokenizer` knows.
 
     Raises:

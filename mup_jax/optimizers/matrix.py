@@ -146,6 +146,7 @@ def shampoo(
     b2: float = 0.98,
     eps: float = 1e-5,
     exponent: float = 0.5,
+    relative_eps: bool = True,
     block_size: int | None = 512,
     max_preconditioner_dim: int = 10_000,
     precondition_frequency: int = 10,
@@ -165,8 +166,9 @@ def shampoo(
       learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
         `adamw`.
       b1, b2: as in `scale_by_shampoo`; of Adam too.
-      eps, exponent, block_size, max_preconditioner_dim, precondition_frequency, stagger,
-        weight_dimension_numbers: as in `scale_by_shampoo`.
+      eps, exponent, relative_eps, block_size, max_preconditioner_dim, precondition_frequency,
+        stagger, weight_dimension_numbers: as in `scale_by_shampoo`. An absolute ε is that of the
+        base model, and needs `grafted=False`: the rule of grafting is about Adam's ε.
       grafted: whether Adam sets the size of the updates, matrix by matrix; otherwise they are
         those of Shampoo, whose η is of another order of magnitude.
       hidden_only: as in `muon`.
@@ -178,12 +180,18 @@ def shampoo(
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
 
+    Raises:
+      ValueError: relative_eps=False with grafting.
+
     References:
       Gupta et al., `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018; Shi et al., `Distributed
       Shampoo <https://arxiv.org/abs/2309.06497>`_, 2023; as in Qiu et al.
     """
+    if grafted and not relative_eps:
+        raise ValueError("relative_eps=False needs grafted=False: grafting scales Adam's ε only")
     blocks: dict[str, Any] = {
         "exponent": exponent,
+        "relative_eps": relative_eps,
         "block_size": block_size,
         "max_preconditioner_dim": max_preconditioner_dim,
     }

@@ -2,10 +2,11 @@
 
 import copy
 import difflib
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -90,10 +91,11 @@ def model_config(config: ConfigDict, vocab_size: int, *, base: bool = False) -> 
     )
 
 
-def epsilons_of(name: str) -> list[str]:
-    """The arguments of an optimizer that are an absolute ε: Shampoo's own is relative."""
+def epsilons_of(name: str, options: Mapping[str, Any]) -> list[str]:
+    """The arguments of an optimizer that are an absolute ε: by default not Shampoo's own."""
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
-    absolute = {"eps", "adam_eps", "muon_eps"} - ({"eps"} if name == "shampoo" else set())
+    is_relative = "relative_eps" in parameters and options.get("relative_eps", True)
+    absolute = {"eps", "adam_eps", "muon_eps"} - ({"eps"} if is_relative else set())
     return [parameter for parameter in parameters if parameter in absolute]
 
 
@@ -123,9 +125,14 @@ def check_optimizer(name: str, options: Any) -> None:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     known = [k for k in inspect.signature(OPTIMIZERS[name]).parameters if k not in _SET_BY_TRAINER]
     check_known(options, known, f"{name}.options")
+    _check_options(name, json.dumps(dict(options)))
+
+
+@functools.cache  # a sweep asks again and again
+def _check_options(name: str, options: str) -> None:
     matrix = {"w": jax.ShapeDtypeStruct((2, 2), "float32")}
     try:
-        optimizer = OPTIMIZERS[name](1.0, **options)
+        optimizer = OPTIMIZERS[name](1.0, **json.loads(options))
         functions = {"obj_fn": lambda tree: tree["w"].sum(), "logits_fn": lambda tree: tree["w"]}
         jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w, **functions), matrix)
     except (TypeError, ValueError) as error:
@@ -140,10 +147,9 @@ def validate(config: ConfigDict) -> None:
     """
     check_keys(config, default_config())
     check_optimizer(config.optimizer.name, config.optimizer.options)
-    if config.optimizer.epsilon is not None and not epsilons_of(config.optimizer.name):
-        raise ValueError(
-            f"config.optimizer.epsilon: {config.optimizer.name} has none, leave it None"
-        )
+    given = config.optimizer
+    if given.epsilon is not None and not epsilons_of(given.name, given.options):
+        raise ValueError(f"config.optimizer.epsilon: {given.name} has none, leave it None")
     if config.model.positions not in POSITIONS:
         raise ValueError(
             f"config.model.positions={config.model.positions!r}: choose of {POSITIONS}"

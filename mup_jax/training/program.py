@@ -150,7 +150,9 @@ class Program:
         if "weight_dimension_numbers" in inspect.signature(make).parameters:
             options["weight_dimension_numbers"] = WEIGHT_DIMENSION_NUMBERS
         if config.epsilon is not None:
-            options |= dict.fromkeys(epsilons_of(config.name), hyperparameters.epsilon)
+            options |= dict.fromkeys(
+                epsilons_of(config.name, config.options), hyperparameters.epsilon
+            )
         optimizer = make(
             hyperparameters.learning_rate,
             weight_decay=hyperparameters.weight_decay,

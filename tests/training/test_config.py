@@ -153,9 +153,10 @@ def test_runs_with_an_epsilon_share_programs():
 
 
 def test_absolute_epsilons():
-    assert epsilons_of("adamw") == ["eps"]
-    assert epsilons_of("muon") == ["eps", "adam_eps"]
-    assert epsilons_of("shampoo") == ["adam_eps"]
+    assert epsilons_of("adamw", {}) == ["eps"]
+    assert epsilons_of("muon", {}) == ["eps", "adam_eps"]
+    assert epsilons_of("shampoo", {}) == ["adam_eps"]
+    assert epsilons_of("shampoo", {"relative_eps": False}) == ["eps", "adam_eps"]
 
 
 def test_identity_is_stable():

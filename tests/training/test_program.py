@@ -163,7 +163,7 @@ def test_epsilon_is_an_argument_of_the_program(name):
     """The same ε as an option of the optimizer gives the same parameters."""
     epsilon, steps = 1e-2, 3
     as_argument = {"optimizer__name": name, "optimizer__epsilon": epsilon}
-    options = ConfigDict(dict.fromkeys(epsilons_of(name), epsilon))
+    options = ConfigDict(dict.fromkeys(epsilons_of(name, {}), epsilon))
     as_option = {"optimizer__name": name, "optimizer__options": options}
     states = [
         run_steps(program_of(1, **changes), 1, steps, **changes)[0]
