@@ -23,7 +23,7 @@ RATES = {
     "AdamW": 3.2e-2,
     "Muon": 6.4e-2,
     "Muon-Adam": 6.4e-2,
-    "Shampoo": 6.4e-2,
+    "Shampoo": 0.256,
     "#Shampoo²": 3.2e-2,
     "SOAP": 3.2e-2,
     "AdaMuon": 8e-3,

@@ -14,7 +14,17 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("adamw", {}),
     "Muon": ("muon", _EVERYWHERE),
     "Muon-Adam": ("muon", {}),
-    "Shampoo": ("shampoo", {**_EVERYWHERE, **_UNBLOCKED, "exponent": 0.25, "grafted": False}),
+    "Shampoo": (
+        "shampoo",
+        # The size of the updates is that of the roots: old ones are of other gradients.
+        {
+            **_EVERYWHERE,
+            **_UNBLOCKED,
+            "exponent": 0.25,
+            "grafted": False,
+            "precondition_frequency": 1,
+        },
+    ),
     "#Shampoo": ("shampoo", {**_EVERYWHERE, **_UNBLOCKED, "exponent": 0.25}),
     "#Shampoo²": ("shampoo", {**_EVERYWHERE, **_UNBLOCKED}),
     "SOAP": ("soap", _UNBLOCKED),

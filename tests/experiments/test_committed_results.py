@@ -1,5 +1,6 @@
 """The results in the repository are what their command gives."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mup_jax import data
+from mup_jax.analysis import sweeps
+from mup_jax.analysis.sweep_figure import write_sweep_figure
 
 RESULTS = Path("results/ladder_cpu/results.jsonl")
 # In a process of its own: the tests' eight devices would not divide the ladder's batch.
@@ -24,6 +27,26 @@ print(train(config, sys.argv[2])["validation_loss"])
 def lines_at_the_base():
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     return [line for line in lines if line["rung"] == "w24" and line["seed"] == 0]
+
+
+def sweep_results():
+    folders = sorted(path.parent for path in Path("results").glob("*_transfer*/results.json"))
+    return [pytest.param(folder, id=folder.name) for folder in folders]
+
+
+@pytest.mark.parametrize("folder", sweep_results())
+def test_reports_of_sweeps_follow_from_their_losses(folder, tmp_path):
+    results = json.loads((folder / "results.json").read_text())
+    again = copy.deepcopy(results)
+    del again["summaries"]
+    sweeps.add_summaries(again)
+    assert json.loads(json.dumps(again["summaries"])) == results["summaries"]
+    report = (folder / "report.md").read_text()
+    title = report.splitlines()[0].removeprefix("# ")
+    command = next(line.strip() for line in report.splitlines() if line.startswith("    python"))
+    assert sweeps.markdown(results, title, "figure.png", command) == report
+    write_sweep_figure(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
 @pytest.mark.slow
