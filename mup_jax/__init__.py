@@ -17,11 +17,13 @@ from mup_jax.optimizers import (
 )
 from mup_jax.transfer import (
     CoordinateCheck,
+    DerivedRule,
     ParamShape,
     PowerLaw,
     Rule,
     add_independent_weight_decay,
     coord_check,
+    derive_rule,
     describe,
     infer_shapes,
     mup,
@@ -40,6 +42,7 @@ from mup_jax.transforms import (
 
 __all__ = [
     "CoordinateCheck",
+    "DerivedRule",
     "ParamShape",
     "PowerLaw",
     "Rule",
@@ -48,6 +51,7 @@ __all__ = [
     "add_independent_weight_decay",
     "adopt",
     "coord_check",
+    "derive_rule",
     "describe",
     "graft",
     "infer_shapes",
