@@ -1,4 +1,4 @@
-"""Learning rates of four optimizers over an 8-fold depth, minutes on two CPU cores.
+"""Learning rates of three optimizers over an 8-fold depth, minutes on two CPU cores.
 
     python -m experiments.depth_transfer --config=configs/depth_transfer_cpu.py \\
         --workdir=runs/depth_transfer_cpu
@@ -11,11 +11,11 @@ from experiments.sweeps.curves import depth_curves
 
 
 def get_config() -> ConfigDict:
-    config = small_sweep(steps=150)
+    config = small_sweep(steps=120)
     config.vary = "depth"
     config.sizes = (3, 6, 12, 24)
     config.reach = 1
     config.train.model.width = config.train.base.width = 32
-    labels = ("AdamW", "Muon-Adam", "#Shampoo²", "SOAP")
+    labels = ("AdamW", "Muon-Adam", "#Shampoo²")
     config.curves = depth_curves({label: RATES[label] for label in labels}, OPTIONS)
     return config

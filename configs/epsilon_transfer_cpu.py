@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.step = 4.0
     config.reach = 3
     config.follow = False
-    epsilons = {"AdamW": 1e-3, "Muon-Adam": 1e-3, "Shampoo": 1e-5}
+    epsilons = {"AdamW": 1e-3, "Muon-Adam": 1e-3, "Shampoo": 64 * 1e-5}
     rates = {label: RATES[label] for label in epsilons}
     options = OPTIONS | {"shampoo": OPTIONS["shampoo"] | {"relative_eps": False}}
     config.curves = epsilon_curves(rates, options, epsilons)

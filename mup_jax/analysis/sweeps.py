@@ -6,9 +6,6 @@ from typing import Any
 from mup_jax.analysis.report import table
 from mup_jax.analysis.transfer import MARGIN, Curve, summarize_sweep
 
-# A drift over all sizes beyond this factor is said to be one.
-SMALL_DRIFT = 2.0
-
 NAMES = {"learning_rate": "learning rate", "weight_decay": "weight decay", "epsilon": "ε"}
 
 
@@ -52,22 +49,29 @@ def _harmless(results: Mapping[str, Any]) -> bool:
 
 
 def finding(results: Mapping[str, Any]) -> str:
-    """One sentence for each variant: whose best value stays, and whose moves how far."""
-    name = NAMES[results["swept"]]
+    """One sentence for each variant: how far the best value of each optimizer moves.
+
+    A star marks where one was at the edge of what was tried, so that the factor says little.
+    """
+    best = "largest harmless ε" if _harmless(results) else f"best {NAMES[results['swept']]}"
     sizes = results["sizes"]
     span = f"over {sizes[-1] / sizes[0]:g}x {results['vary']}"
     variants = dict.fromkeys(summary["variant"] for summary in results["summaries"])
     return " ".join(
-        f"{variant}: the best {name} moves {span} by a factor of {_movements(results, variant)}."
+        f"{variant}: the {best} moves {span} by a factor of {_movements(results, variant)}."
         for variant in variants
     )
 
 
 def _movements(results: Mapping[str, Any], variant: str) -> str:
+    def movement(summary: Mapping[str, Any]) -> str:
+        if not summary["best"]:
+            return "unknown"
+        edge = any(best["at_edge"] for best in summary["best"].values())
+        return f"{summary['drift_factor']:.2g}{'*' * edge}"
+
     return ", ".join(
-        f"{summary['drift_factor']:.2g} ({summary['optimizer']})"
-        if summary["best"]
-        else f"unknown ({summary['optimizer']})"
+        f"{movement(summary)} ({summary['optimizer']})"
         for summary in results["summaries"]
         if summary["variant"] == variant
     )
@@ -84,7 +88,7 @@ def markdown(results: Mapping[str, Any], title: str, figure: str, command: str) 
     """
     name, vary = NAMES[results["swept"]], results["vary"]
     if _harmless(results):
-        best = f"The largest {name} that costs less than {MARGIN:g} nats"
+        best = f"The largest {name} that costs less than {MARGIN:g} nats, interpolated in log2"
     else:
         best = f"The best {name}, from a parabola in log2 through the best tried and its neighbours"
     sections = [

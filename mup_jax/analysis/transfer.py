@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike
 Losses = Sequence[float | None]
 Curve = Sequence[tuple[float, Losses]]
 
-# The loss, in nats, that a larger ε may cost before it counts as too large.
-MARGIN = 0.02
+# The loss, in nats, that a larger ε may cost before it counts as too large: above the noise of the
+# seeds of small models.
+MARGIN = 0.05
 
 
 class Optimum(NamedTuple):
@@ -58,7 +59,7 @@ def optimum(curve: Curve) -> Optimum | None:
 
 
 def largest_harmless(curve: Curve, margin: float = MARGIN) -> Optimum | None:
-    """The value, interpolated in its log2, from which on the loss exceeds the smallest value's.
+    """The value, interpolated in its log2, from which on the loss exceeds the lowest by `margin`.
 
     Of a hyperparameter that costs nothing while it is small, such as ε.
 
@@ -70,7 +71,7 @@ def largest_harmless(curve: Curve, margin: float = MARGIN) -> Optimum | None:
       As `optimum`; `at_edge` where no value tried costs as much, and `value` is then the last.
     """
     values, losses = mean_losses(curve)
-    if not math.isfinite(losses[0]):
+    if not np.isfinite(losses).any():
         return None
     value, at_edge = _crossing(values, losses, margin)
     seeds = range(min(len(xs) for _, xs in curve))
@@ -159,12 +160,11 @@ def _vertex(values: np.ndarray, losses: np.ndarray) -> tuple[float, bool]:
 
 
 def _crossing(values: np.ndarray, losses: np.ndarray, margin: float) -> tuple[float, bool]:
-    excess = losses - losses[0] - margin
-    over = np.flatnonzero(excess > 0)
-    if not over.size:
-        return float(values[-1]), True
-    i = int(over[0])
-    if not math.isfinite(excess[i]):
-        return float(values[i - 1]), False
-    share = -excess[i - 1] / (excess[i] - excess[i - 1])
-    return float(values[i - 1] * (values[i] / values[i - 1]) ** share), False
+    excess = losses - losses.min() - margin
+    i = int(np.flatnonzero(excess <= 0)[-1])
+    if i == len(values) - 1:
+        return float(values[i]), True
+    if not math.isfinite(excess[i + 1]):
+        return float(values[i]), False
+    share = -excess[i] / (excess[i + 1] - excess[i])
+    return float(values[i] * (values[i + 1] / values[i]) ** share), False

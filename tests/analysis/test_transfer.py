@@ -83,10 +83,12 @@ def test_loss_of_what_was_not_tried():
 
 
 def test_the_largest_harmless_value():
-    """Loss 2 + ε: the margin of 0.02 is used up at ε = 0.02 + the smallest."""
+    """Loss 2 + ε: the margin of 0.05 is used up at ε = 0.05 + the smallest."""
     grid = np.geomspace(1e-6, 1.0, 400)
     curve = [(e, [2 + e]) for e in grid]
-    assert largest_harmless(curve).value == pytest.approx(0.02, rel=0.05)
+    assert largest_harmless(curve).value == pytest.approx(0.05, rel=0.05)
+    noisy = [(e, [2 + e + (0.02 if i % 3 else 0)]) for i, (e, _) in enumerate(curve)]
+    assert 0.02 < largest_harmless(noisy).value <= 0.06
     flat = largest_harmless([(e, [2.0]) for e in grid])
     assert flat.at_edge
     assert flat.value == 1.0
@@ -95,9 +97,9 @@ def test_the_largest_harmless_value():
 
 
 def test_harmless_values_are_what_transfers():
-    """Loss 2 + ε·size: what costs 0.02 moves as 1/size."""
+    """Loss 2 + ε·size: what costs 0.05 moves as 1/size."""
     curves = {s: [(2.0**i, [2 + 2.0**i * s]) for i in range(-24, 0)] for s in (16, 64)}
     summary = summarize_sweep(curves, harmless=True)
     assert summary["drift"] == pytest.approx(-1.0, abs=0.01)
-    assert summary["lost"][16] < 0.02
+    assert summary["lost"][16] < 0.05
     assert summary["lost"][64] == pytest.approx(4 * summary["lost"][16], rel=0.01)
