@@ -11,11 +11,11 @@ from experiments.sweeps.curves import weight_decay_curves
 
 
 def get_config() -> ConfigDict:
-    config = small_sweep(steps=300)
+    config = small_sweep(steps=500)
     config.sizes = (16, 32, 64, 128)
     config.swept = "weight_decay"
     config.carried = {"λ·width the same": -1.0, "λ the same": 0.0}
     config.also = (0.0,)
     rates = {label: RATES[label] for label in ("AdamW", "Muon-Adam")}
-    config.curves = weight_decay_curves(rates, OPTIONS, weight_decay=8e-3)
+    config.curves = weight_decay_curves(rates, OPTIONS, weight_decay=4e-3)
     return config
