@@ -6,7 +6,7 @@ the same at every width and depth. Nothing here looks into the model or the opti
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mup_jax.transforms.iterations import trace
+from mup_jax.transforms.linalg import matmul
 from mup_jax.transforms.matrices import (
     PyTree,
     WeightDimensionNumbers,
@@ -29,7 +31,7 @@ Subject = tuple[
     Callable[[PyTree, Any], jax.Array],
     Callable[[PyTree, Any], Mapping[str, jax.Array]],
 ]
-# Name -> quantity -> array of shape (sizes, seeds, steps).
+# Name -> quantity -> array.
 Measurements = dict[str, dict[str, np.ndarray]]
 
 OF_ACTIVATIONS = {
@@ -51,11 +53,11 @@ class CoordinateCheck:
 
     Attributes:
       sizes: the widths or depths.
-      steps: of training; slopes are those of the last.
       tolerance: the largest |slope| that passes.
       activations: name -> quantity -> array `(sizes, seeds, steps)`, after each step, of "rms",
         "change" (RMS of the change since initialisation) and "step_change" (of that in the step).
-      parameters: likewise of each parameter's update U, means over the matrices of a stack:
+      parameters: likewise, as arrays `(sizes, seeds)`, of each parameter's update U in the last
+        step, means over the matrices of a stack:
         "update_rms", "spectral_norm" ‖U‖₂, "stable_rank" ‖U‖_F²/‖U‖₂², and "alignment"
         ‖GᵀU‖_F/(‖G‖_F·‖U‖₂) with the gradient G of the step. G is made of the layer's inputs x, so
         no input has to be known: where G has rank one, alignment is ‖xU‖/(‖x‖·‖U‖₂), the share
@@ -65,7 +67,6 @@ class CoordinateCheck:
     """
 
     sizes: tuple[int, ...]
-    steps: int
     tolerance: float
     activations: Measurements
     parameters: Measurements
@@ -77,7 +78,11 @@ class CoordinateCheck:
 
         NaN where a quantity is zero or not finite.
         """
-        return _slopes(self.sizes, self.activations)
+        last = {
+            name: {quantity: x[..., -1] for quantity, x in quantities.items()}
+            for name, quantities in self.activations.items()
+        }
+        return _slopes(self.sizes, last)
 
     @cached_property
     def parameter_slopes(self) -> dict[str, dict[str, float]]:
@@ -98,12 +103,12 @@ class CoordinateCheck:
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.sizes))
-        verdict = "passed" if self.passed else f"failed by {', '.join(self.failed)}"
+        _, seeds, steps = self.loss.shape
+        verdict = "Passed" if self.passed else f"Failed by {', '.join(self.failed)}"
         return "\n".join(
             [
-                f"Exponents of the size ({sizes}) at step {self.steps}, mean of "
-                f"{self.loss.shape[1]} seeds. {verdict.capitalize()}: the change in one step may "
-                f"have ±{self.tolerance:g}.",
+                f"Exponents of the size ({sizes}) at step {steps}, mean of {seeds} seeds. "
+                f"{verdict}: the change in one step may have ±{self.tolerance:g}.",
                 "",
                 *_table("activation", OF_ACTIVATIONS, self.activation_slopes),
                 "",
@@ -161,7 +166,8 @@ def coord_check(
 
     Raises:
       ValueError: sizes, batches, steps, seeds or tolerance that measure nothing; `make` ignores the
-        size; activations have other names at another size.
+        size; activations have other names at another size; an array is not a matrix and
+        `weight_dimension_numbers` do not say how it is one.
 
     References:
       Yang et al., `Tensor programs V <https://arxiv.org/abs/2203.03466>`_, 2022, appendix D; Qiu et
@@ -177,30 +183,33 @@ def coord_check(
     if tolerance <= 0:
         raise ValueError(f"tolerance={tolerance}: give the largest |slope| that passes, above 0")
     subjects = [make(size) for size in sizes]
-    _check_subjects(subjects, sizes, seeds[0], batches[0])
-    records = [
-        record
-        for subject in subjects
-        for record in _train(subject, batches, steps, seeds, weight_dimension_numbers)
+    _check_subjects(subjects, sizes, seeds[0], batches[0], weight_dimension_numbers)
+    runs = [
+        _train(subject, batches, steps, seeds, weight_dimension_numbers) for subject in subjects
     ]
-    shape = (len(sizes), len(seeds), steps)
+    everywhere = set.intersection(*(set(run.parameters) for run in runs))
+    of_parameters = [{k: x for k, x in run.parameters.items() if k in everywhere} for run in runs]
     return CoordinateCheck(
         sizes,
-        steps,
         tolerance,
-        _merged([record.activations for record in records], shape),
-        _merged([record.parameters for record in records], shape),
-        np.reshape([record.loss for record in records], shape),
+        activations=_stack([run.activations for run in runs]),
+        parameters=_stack(of_parameters),
+        loss=_stack([run.loss for run in runs]),
     )
 
 
 def _check_subjects(
-    subjects: Sequence[Subject], sizes: Sequence[int], seed: int, batch: Any
+    subjects: Sequence[Subject],
+    sizes: Sequence[int],
+    seed: int,
+    batch: Any,
+    numbers: WeightDimensionNumbers,
 ) -> None:
     """Raises ValueError where a comparison of the sizes would mean nothing."""
     shapes, names = [], []
     for init, _, _, activations_fn in subjects:
         params = init(seed)
+        jax.eval_shape(partial(_of_updates, numbers=numbers), params, params)
         shapes.append(jax.tree.map(jnp.shape, params))
         activations = jax.eval_shape(activations_fn, params, batch)
         if not isinstance(activations, Mapping) or not activations:
@@ -222,11 +231,11 @@ def _check_subjects(
 
 
 class _Record(NamedTuple):
-    """What is measured of one step: name -> quantity -> value."""
+    """What is measured of a run; in each step, but of parameters in the last."""
 
-    loss: float
-    activations: dict[str, dict[str, float]]
-    parameters: dict[str, dict[str, float]]
+    loss: Any
+    activations: Any
+    parameters: Any
 
 
 def _train(
@@ -235,8 +244,8 @@ def _train(
     steps: int,
     seeds: Sequence[int],
     numbers: WeightDimensionNumbers,
-) -> list[_Record]:
-    """The steps of the first seed, then those of the next."""
+) -> _Record:
+    """The run of each seed, as arrays `(seeds, ...)`."""
     init, given_optimizer, loss_fn, activations_fn = subject
     optimizer = optax.with_extra_args_support(given_optimizer)
     forward = jax.jit(activations_fn)
@@ -247,104 +256,105 @@ def _train(
         loss, gradient = jax.value_and_grad(objective)(params)
         # Sophia and line searches ask for the loss as a function; others ignore it.
         updates, state = optimizer.update(gradient, state, params, obj_fn=objective)
-        return optax.apply_updates(params, updates), state, loss, gradient, updates
+        return optax.apply_updates(params, updates), state, loss, updates, gradient
 
-    records = []
+    runs = []
     for seed in seeds:
         params = init(seed)
         state = jax.jit(optimizer.init)(params)
         start = before = forward(params, batches[0])
+        losses, movements = [], []
         for step in range(steps):
             batch = batches[step % len(batches)]
-            params, state, loss, gradient, updates = train_step(params, state, batch)
+            params, state, loss, updates, gradient = train_step(params, state, batch)
             now = forward(params, batches[0])
-            records.append(
-                _Record(
-                    float(loss),
-                    {name: _movement(now[name], before[name], start[name]) for name in now},
-                    _of_updates(updates, gradient, numbers),
-                )
-            )
+            losses.append(loss)
+            movements.append(_of_activations(now, before, start))
             before = now
-    return records
+        # By way of the host, so that sharding cannot matter.
+        updates, gradient = jax.device_get((updates, gradient))
+        of_updates = _of_updates(updates, gradient, numbers)
+        runs.append(_Record(_stack(losses), _stack(movements), of_updates))
+    return _stack(runs)
 
 
-def _movement(now: jax.Array, before: jax.Array, start: jax.Array) -> dict[str, float]:
-    differences = {"rms": now, "change": now - start, "step_change": now - before}
-    return {quantity: _rms(np.asarray(x)) for quantity, x in differences.items()}
+def _stack(trees: Sequence[Any]) -> Any:
+    """One tree of arrays with a new first axis."""
+    return jax.tree.map(lambda *leaves: np.stack(jax.device_get(leaves)), *trees)
+
+
+@jax.jit
+def _of_activations(now: Any, before: Any, start: Any) -> dict[str, dict[str, jax.Array]]:
+    def of_one(now: jax.Array, before: jax.Array, start: jax.Array) -> dict[str, jax.Array]:
+        now, before, start = (x.astype(jnp.float32) for x in (now, before, start))
+        return {
+            "rms": _rms(now),
+            "change": _rms(now - start),
+            "step_change": _rms(now - before),
+        }
+
+    return {name: of_one(now[name], before[name], start[name]) for name in now}
 
 
 def _of_updates(
     updates: PyTree, gradient: PyTree, numbers: WeightDimensionNumbers
-) -> dict[str, dict[str, float]]:
-    """Name -> quantity -> value of each parameter's update."""
-    found = {}
-    leaves = jax.tree_util.tree_leaves_with_path(updates)
-    gradients = jax.tree.leaves(gradient)
+) -> dict[str, dict[str, jax.Array]]:
     layouts = jax.tree.leaves(
         resolve_dimension_numbers(numbers, updates), is_leaf=is_dimension_numbers
     )
-    for (path, update), its_gradient, number in zip(leaves, gradients, layouts, strict=True):
+    leaves = jax.tree.leaves_with_path(updates)
+    measured = {}
+    for (path, u), g, number in zip(leaves, jax.tree.leaves(gradient), layouts, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        u_nio, g_nio = (_matrices(x, number, name) for x in (update, its_gradient))
-        found[name] = _of_update(u_nio, g_nio)
-    return found
+        measured[name] = _of_update(*(_matrices(x, number, name) for x in (u, g)))
+    return measured
 
 
-def _of_update(u_nio: np.ndarray, g_nio: np.ndarray) -> dict[str, float]:
+@jax.jit
+def _of_update(u_nio: jax.Array, g_nio: jax.Array) -> dict[str, jax.Array]:
+    norm = partial(jnp.linalg.norm, axis=(-2, -1))
     spectral_norm = _spectral_norms(u_nio)
-    frobenius, gradient_norm = (np.linalg.norm(x, axis=(1, 2)) for x in (u_nio, g_nio))
-    met = np.linalg.norm(g_nio.swapaxes(1, 2) @ u_nio, axis=(1, 2))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {
-            "update_rms": _rms(u_nio),
-            "spectral_norm": float(spectral_norm.mean()),
-            "stable_rank": float(np.mean((frobenius / spectral_norm) ** 2)),
-            "alignment": float(np.mean(met / (gradient_norm * spectral_norm))),
-        }
-
-
-def _spectral_norms(u_nio: np.ndarray) -> np.ndarray:
-    """NaN where a matrix is not finite, which LAPACK would refuse."""
-    if not np.isfinite(u_nio).all():
-        return np.full(len(u_nio), np.nan)
-    transposed = u_nio.swapaxes(1, 2)
-    gram = u_nio @ transposed if u_nio.shape[1] < u_nio.shape[2] else transposed @ u_nio
-    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[:, -1], 0))
-
-
-def _matrices(x: jax.Array, numbers: Any, name: str) -> np.ndarray:
-    """A stack `(n, d_in, d_out)`; a vector is a matrix of one row."""
-    local = np.asarray(x, np.float32)
-    if x.ndim < 2:
-        return local.reshape(1, 1, -1)
-    return np.asarray(matrix_layout(x.shape, numbers, name).to_matrices(local))
-
-
-def _rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-
-
-def _merged(records: list[dict[str, dict[str, float]]], shape: tuple[int, ...]) -> Measurements:
-    """Of the names that all records have."""
-    first, *others = records
+    met = norm(matmul(g_nio.mT, u_nio)) / norm(g_nio)
     return {
-        name: {
-            quantity: np.reshape([record[name][quantity] for record in records], shape)
-            for quantity in first[name]
-        }
-        for name in first
-        if all(name in record for record in others)
+        "update_rms": _rms(u_nio),
+        "spectral_norm": spectral_norm.mean(),
+        "stable_rank": jnp.mean((norm(u_nio) / spectral_norm) ** 2),
+        "alignment": jnp.mean(met / spectral_norm),
     }
 
 
-def _slopes(sizes: tuple[int, ...], measurements: Measurements) -> dict[str, dict[str, float]]:
+def _spectral_norms(u_nio: jax.Array) -> jax.Array:
+    """‖U‖₂ of each, at most 0.1% too small: √(tr A²⁰⁴⁹ / tr A²⁰⁴⁸) of the Gram matrix A."""
+    gram = matmul(u_nio, u_nio.mT) if u_nio.shape[1] < u_nio.shape[2] else matmul(u_nio.mT, u_nio)
+
+    def unit_trace(x: jax.Array) -> jax.Array:
+        return x / jnp.maximum(trace(x), jnp.finfo(x.dtype).tiny)
+
+    power = jax.lax.fori_loop(0, 11, lambda _, x: unit_trace(matmul(x, x)), unit_trace(gram))
+    return jnp.sqrt(jnp.sum(power * gram, axis=(1, 2)))
+
+
+def _matrices(x: jax.Array, numbers: Any, name: str) -> jax.Array:
+    """A stack `(n, d_in, d_out)` in float32; a vector is a matrix of one row."""
+    x = x.astype(jnp.float32)
+    if x.ndim < 2:
+        return x.reshape(1, 1, -1)
+    return matrix_layout(x.shape, numbers, name).to_matrices(x)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+
+def _slopes(sizes: tuple[int, ...], measured: Measurements) -> dict[str, dict[str, float]]:
+    """Of arrays `(sizes, seeds)`."""
+
     def slope(x: np.ndarray) -> float:
-        with np.errstate(divide="ignore"):
-            logs = np.log(x[..., -1]).mean(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log(x).mean(axis=1)
         return float(np.polyfit(np.log(sizes), logs, 1)[0]) if np.isfinite(logs).all() else np.nan
 
     return {
         name: {quantity: slope(x) for quantity, x in quantities.items()}
-        for name, quantities in measurements.items()
+        for name, quantities in measured.items()
     }
