@@ -2,6 +2,10 @@
 
     python -m experiments.depth_transfer --config=configs/depth_transfer_cpu.py \\
         --workdir=runs/depth_transfer_cpu
+
+Expected (results/depth_transfer_cpu): from 3 to 24 blocks the best learning rate moves by factors
+of 1.2 (#Shampoo²), 1.6 (Muon-Adam) and 1.7 (AdamW) with α = 1; Muon-Adam's and #Shampoo²'s deeper
+models are better with α = 1 and worse with α = 0.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from mup_jax.analysis.style import plain_log_scale, style_axes
-from mup_jax.analysis.sweeps import NAMES, points_of
+from mup_jax.analysis.sweeps import NAMES, points_of, wants_harmless
 from mup_jax.analysis.transfer import mean_losses
 
 # Beyond this above the lowest loss of a column, curves leave the panel.
@@ -44,7 +44,7 @@ def write_sweep_figure(results: Mapping[str, Any], path: str | Path) -> None:
         axes.set_visible(True)
         style_axes(axes, "", "")
         axes.set_title(f"{summary['optimizer']}\n{summary['variant']}", fontsize=10)
-        _draw(axes, summary, results["sizes"])
+        _draw(axes, summary, results["sizes"], ring=not wants_harmless(results))
     for column, name in enumerate(columns):
         of_column = [summary for summary in summaries if summary["optimizer"] == name]
         lowest, highest = _range(of_column)
@@ -58,7 +58,7 @@ def write_sweep_figure(results: Mapping[str, Any], path: str | Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
-def _draw(axes: Axes, summary: Mapping[str, Any], sizes: list[float]) -> None:
+def _draw(axes: Axes, summary: Mapping[str, Any], sizes: list[float], *, ring: bool) -> None:
     colours = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.0, len(sizes)))
     curves = points_of(summary)
     for colour, (size, curve) in zip(colours, curves.items(), strict=True):
@@ -68,12 +68,14 @@ def _draw(axes: Axes, summary: Mapping[str, Any], sizes: list[float]) -> None:
         axes.plot(at[finite], losses[finite], "o-", color=colour, markersize=3, label=f"{size:g}")
         top = axes.get_xaxis_transform()
         axes.plot(at[~finite], np.full((~finite).sum(), 0.97), "x", color=colour, transform=top)
-        if finite.any():
+        if ring and finite.any():
             best = int(np.argmin(losses))
-            ring: dict[str, Any] = {"markersize": 9, "markerfacecolor": "none"}
-            axes.plot(at[best], losses[best], "o", color=colour, **ring)
-            if size == sizes[0]:
-                axes.axvline(at[best], color="0.4", linestyle="--", linewidth=1, zorder=0)
+            axes.plot(
+                at[best], losses[best], "o", color=colour, markersize=9, markerfacecolor="none"
+            )
+    if summary["best"]:
+        at_base = next(iter(summary["best"].values()))["value"]
+        axes.axvline(at_base, color="0.4", linestyle="--", linewidth=1, zorder=0)
     plain_log_scale(axes)
     axes.set_xscale("log", base=2)
     tried = sorted({v for curve in curves.values() for v in mean_losses(curve)[0]})

@@ -23,7 +23,7 @@ def add_summaries(results: dict[str, Any]) -> None:
             "carried": carried,
             "points": curve["points"],
             **(
-                summarize_sweep(points_of(curve), carried=carried, harmless=_harmless(results))
+                summarize_sweep(points_of(curve), carried=carried, harmless=wants_harmless(results))
                 or {"best": None}
             ),
         }
@@ -43,7 +43,8 @@ def _views(results: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[tup
         yield (name if several else curve["variant"]), carried
 
 
-def _harmless(results: Mapping[str, Any]) -> bool:
+def wants_harmless(results: Mapping[str, Any]) -> bool:
+    """Whether what should transfer is the largest harmless value, rather than the best."""
     # A small ε costs nothing; what a model tolerates is what has to transfer.
     return results["swept"] == "epsilon"
 
@@ -53,7 +54,7 @@ def finding(results: Mapping[str, Any]) -> str:
 
     A star marks where one was at the edge of what was tried, so that the factor says little.
     """
-    best = "largest harmless ε" if _harmless(results) else f"best {NAMES[results['swept']]}"
+    best = "largest harmless ε" if wants_harmless(results) else f"best {NAMES[results['swept']]}"
     sizes = results["sizes"]
     span = f"over {sizes[-1] / sizes[0]:g}x {results['vary']}"
     variants = dict.fromkeys(summary["variant"] for summary in results["summaries"])
@@ -87,17 +88,18 @@ def markdown(results: Mapping[str, Any], title: str, figure: str, command: str) 
       command: what gives these results.
     """
     name, vary = NAMES[results["swept"]], results["vary"]
-    if _harmless(results):
+    legend = f"Dashed: what the smallest {vary} has in the table."
+    if wants_harmless(results):
         best = f"The largest {name} that costs less than {MARGIN:g} nats, interpolated in log2"
     else:
+        legend = f"Ring: the best tried. {legend}"
         best = f"The best {name}, from a parabola in log2 through the best tried and its neighbours"
     sections = [
         f"# {title}",
         f"**{finding(results)}**",
         f"![{title}]({figure})",
         f"*Validation loss in nats per token, mean of {len(results['config']['seeds'])} seeds, "
-        f"against the {name} of the base model. Ring: the best tried. Dashed: what tuning at the "
-        f"smallest {vary} carries over.*",
+        f"against the {name} of the base model. {legend}*",
         f"{best}, for each {vary} (*: at the edge of what was tried). Drift: its exponent in the "
         f"{vary} beyond the rule, in brackets the range over seeds. Lost: how much more the value "
         f"tuned at the smallest {vary} loses at the largest than the best tried there.",
