@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: ladder test test-slow lint clean
+.PHONY: ladder test test-slow lint notebooks clean
 
 ladder: $(STAMP)  ## train the CPU ladder and write its report to runs/ladder_cpu
 	$(BIN)/python -m experiments.scale_ladder
@@ -18,6 +18,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: $(STAMP)  ## run the notebooks and store them with their figures, in minutes
+	$(BIN)/python -m notebooks.execute
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mup_jax needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try `make PYTHON=python3.11`")'
