@@ -96,10 +96,12 @@ def test_links_lead_to_notebooks():
 
 def test_learning_rate_transfers_under_mup_alone():
     text = printed(stored("transfer_in_five_minutes"))
-    found = re.findall(r"(SP|µP): .* by a factor of (\S+); keeping it loses (\S+) nats", text)
-    (drift_sp, lost_sp), (drift_mup, lost_mup) = (map(float, numbers) for _, *numbers in found)
-    assert drift_sp >= 4
-    assert 0.5 <= drift_mup <= 2
+    number = r"(\d+\.\d+)"
+    found = re.findall(rf"is {number} at .* and {number} at .* loses {number} nats", text)
+    (base, sp, lost_sp), (same_base, mup, lost_mup) = (map(float, line) for line in found)
+    assert base == same_base
+    assert base / sp >= 4
+    assert 0.5 <= base / mup <= 2
     assert lost_mup < 0.05 < lost_sp
 
 

@@ -27,26 +27,31 @@ def write_coordinates(results: Mapping[str, Any], path: str | Path) -> None:
     labels = dict.fromkeys(check["optimizer"] for check in results["checks"])
     style_of = dict(zip(labels, styles(), strict=False))
     figure = Figure(figsize=(9, 4.8), layout="constrained", dpi=120)
-    for axes, (key, name) in zip(
-        figure.subplots(1, 2, sharey=True), PARAMETRIZATIONS.items(), strict=True
-    ):
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (key, name) in zip(panels, PARAMETRIZATIONS.items(), strict=True):
         style_axes(axes, results["vary"], "")
         axes.set_title(name)
         _draw_tolerance(axes, results)
         for check in results["checks"]:
             if check["parametrization"] == key:
-                style = style_of[check["optimizer"]]
-                if key == "mup" and not check["expected_to_pass"]:
-                    style |= {"linestyle": "--", "markerfacecolor": "white"}
                 changes = feature_changes(check)
+                style = style_of[check["optimizer"]] | _fill(check)
                 axes.plot(results["sizes"], changes, label=check["optimizer"], **style)
         _log2_axes(axes, results["sizes"])
-    figure.axes[0].set_ylabel(
+    # A scale of its own would make noise look like a failure.
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(min(low, 0.25), max(high, 4))
+    panels[0].set_ylabel(
         f"change of features in step {results['steps']},\nrelative to the smallest"
     )
-    handles, names = figure.axes[0].get_legend_handles_labels()
+    handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _fill(check: Mapping[str, Any]) -> dict[str, Any]:
+    known_to_fail = check["parametrization"] == "mup" and not check["expected_to_pass"]
+    return {"linestyle": "--", "markerfacecolor": "white"} if known_to_fail else {}
 
 
 def _draw_tolerance(axes: Axes, results: Mapping[str, Any]) -> None:
@@ -57,9 +62,6 @@ def _draw_tolerance(axes: Axes, results: Mapping[str, Any]) -> None:
 def _log2_axes(axes: Axes, sizes: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    # A scale of its own would make noise look like a failure.
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.25), max(high, 4))
     axes.set_xticks(sizes)
     axes.xaxis.set_minor_locator(NullLocator())
     for axis in (axes.xaxis, axes.yaxis):

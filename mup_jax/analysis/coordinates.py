@@ -104,7 +104,7 @@ def markdown(results: Mapping[str, Any], figure: str, details: Sequence[str], co
         f"**{finding(results)}**",
         f"![Coordinate check]({figure})",
         f"*Change of the last block's output in step {results['steps']}, relative to the smallest "
-        f"{vary}. Shaded: exponents within ±{results['tolerance']:g}. Hollow: expected to fail.*",
+        f"{vary}. Shaded: exponents within ±{results['tolerance']:g}. Dashed: expected to fail.*",
         f"Exponent of the {vary} in the change of an activation in one step: of the last block's "
         f"output, of the logits, and of the one with the steepest. The ratio is that of the last "
         f"block's change at {vary} {sizes[-1]} to that at {sizes[0]}.",

@@ -57,12 +57,11 @@ class CoordinateCheck:
       activations: name -> quantity -> array `(sizes, seeds, steps)`, after each step, of "rms",
         "change" (RMS of the change since initialisation) and "step_change" (of that in the step).
       parameters: likewise, as arrays `(sizes, seeds)`, of each parameter's update U in the last
-        step, means over the matrices of a stack:
-        "update_rms", "spectral_norm" ‖U‖₂, "stable_rank" ‖U‖_F²/‖U‖₂², and "alignment"
-        ‖GᵀU‖_F/(‖G‖_F·‖U‖₂) with the gradient G of the step. G is made of the layer's inputs x, so
-        no input has to be known: where G has rank one, alignment is ‖xU‖/(‖x‖·‖U‖₂), the share
-        of the largest change that U could make which it makes. Only parameters that have the
-        same name at all sizes.
+        step, means over the matrices of a stack: "update_rms", "spectral_norm" ‖U‖₂, "stable_rank"
+        ‖U‖_F²/‖U‖₂², and "alignment" ‖GᵀU‖_F/(‖G‖_F·‖U‖₂) with the gradient G of the step. G is
+        made of the layer's inputs x, so no input has to be known: where G has rank one, alignment
+        is ‖xU‖/(‖x‖·‖U‖₂), the share of the largest change that U could make which it makes. Only
+        parameters that have the same name at all sizes.
       loss: array `(sizes, seeds, steps)`, before each step.
     """
 

@@ -36,7 +36,8 @@ INITIAL_STD: dict[str, Callable[[int], float]] = {
 # Factors of gradients with entries of about 1/d_out: one leaves every ε, initial accumulator and
 # noise behind, the other stays below them.
 LARGE, SMALL = 1e6, 1e-12
-# Exponents of theory are multiples of a quarter; a measured one is taken for one so near.
+# Exponents of theory are multiples of 1/4, or of 1/3 (MADGRAD); a measured one is taken for the
+# nearest within this.
 TOLERANCE = 0.1
 # A fit that misses a measurement by more than 10% is no power law.
 LARGEST_RESIDUAL = 0.1
@@ -53,8 +54,8 @@ class DerivedRule:
       epsilon_exponents: likewise of an absolute ε, or of noise or an initial accumulator, in units
         of the gradient; of an ε in units of its square they are twice that. None where nothing is
         compared with the gradient, or nothing above 1e-12 of it.
-      homogeneity: h, where c·G gives c^h times the update of G once no ε matters; in residual
-        blocks η ∝ depth^h.
+      homogeneity: h of hidden matrices, where c·G gives c^h times the update of G once no ε
+        matters; in residual blocks η ∝ depth^h.
       residuals: of the fits of `exponents`: how far, relatively, a measurement is from the line.
       problems: why there is no rule, in sentences; empty where there is one.
       notes: what to know about the rule, likewise.
@@ -69,7 +70,7 @@ class DerivedRule:
 
     @cached_property
     def rule(self) -> Rule:
-        """For `mup`, with exponents near a multiple of a quarter taken for that.
+        """For `mup`, with exponents taken for the multiples of 1/4 or 1/3 that they are near.
 
         Raises:
           ValueError: the measurements follow no power law.
@@ -191,11 +192,7 @@ def derive_rule(
         found = ", ".join(f"{role} {degree:.2f}" for role, degree in degrees.items())
         problems.append(f"the layers have different degrees of homogeneity: {found}")
 
-    notes = [
-        f"η of {role} is width^{exponents[role]:.2f}, no multiple of a quarter"
-        for role in LAYERS
-        if not _is_quarter(exponents[role])
-    ]
+    notes = []
     epsilon_exponents = None
     louder = probe(first, LARGE, embedding=100 * LARGE)
     if max(abs(louder[r] - changes[0][r]) for r in LAYERS[1:]) > math.log(LARGEST_COUPLING):
@@ -344,7 +341,9 @@ def _epsilon_exponents(
     """Of ε ∝ width^a, from where the power laws of large and of small gradients meet."""
     small = [probe(width, SMALL) for width in widths]
     small_degrees = _degrees(probe, widths[0], SMALL, small[0])
-    if not all(abs(small_degrees[role] - degrees[role]) > TOLERANCE for role in LAYERS):
+    spread = max(small_degrees.values()) - min(small_degrees.values())
+    nearest = min(abs(small_degrees[role] - degrees[role]) for role in LAYERS)
+    if not (spread < TOLERANCE < nearest):
         return None
 
     def meeting(role: str, above: PerLayer, below: PerLayer) -> float:
@@ -359,9 +358,7 @@ def _epsilon_exponents(
     return exponents if max(residuals.values()) < LARGEST_RESIDUAL else None
 
 
-def _is_quarter(exponent: float) -> bool:
-    return abs(round(4 * exponent) / 4 - exponent) <= TOLERANCE
-
-
 def _snapped(exponent: float) -> float:
-    return round(4 * exponent) / 4 if _is_quarter(exponent) else exponent
+    """The nearest multiple of 1/3 or 1/4, or the exponent itself where none is near."""
+    nearest = min((round(n * exponent) / n for n in (3, 4)), key=lambda x: abs(x - exponent))
+    return nearest if abs(nearest - exponent) <= TOLERANCE else exponent

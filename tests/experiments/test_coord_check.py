@@ -18,7 +18,7 @@ from experiments.coord_check import default_check
 
 def get_config():
     config = default_check()
-    config.widths, config.depths, config.steps, config.seeds = (8, 16), (1, 2), 2, (0,)
+    config.sizes, config.steps, config.seeds = (8, 16), 2, (0,)
     config.train.model.update(width=8, depth=1, mlp_ratio=1)
     config.train.update(context=16, batch_size=8, tokens=1280, warmup_tokens=0)
     return config
@@ -39,7 +39,7 @@ def run(run_command, tmp_path):
 
 
 def made_up_check(slope, config):
-    sizes = coord_check.sizes_of(config)
+    sizes = config.sizes
     x = np.float64(sizes)[:, None, None] ** slope * np.ones((1, 1, 2))
     of_activation = {"rms": x, "change": x, "step_change": x}
     of_parameter = dict.fromkeys(
@@ -66,7 +66,7 @@ def run_made_up(run, monkeypatch):
 
 
 def test_files(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(coord_check, "data_parallel_mesh", lambda batch_size: mesh_of(2))
+    monkeypatch.setattr(coord_check, "data_parallel_mesh", lambda batch_size: mesh_of(1))
     # Nothing passes at this tolerance.
     assert run("--config.tolerance=1e-9") == 1
     lines = capsys.readouterr().out.splitlines()
@@ -99,8 +99,8 @@ def test_files(run, tmp_path, monkeypatch, capsys):
         ({"mup": 0.1, "sp": 0.9}, (), 0),
         ({"mup": 0.1, "sp": 0.0}, (), 0),
         ({"mup": 0.3, "sp": 0.9}, (), 1),
-        ({"mup": 0.3, "sp": 0.9}, ("--config.optimizers.AdamW.expected_failure=width",), 0),
-        ({"mup": 0.3, "sp": 0.9}, ("--config.optimizers.AdamW.expected_failure=depth",), 1),
+        ({"mup": 0.3, "sp": 0.9}, ("--config.optimizers.AdamW.expected_to_fail",), 0),
+        ({"mup": 0.1, "sp": 0.9}, ("--config.optimizers.AdamW.expected_to_fail",), 0),
         ({"mup": np.nan, "sp": 0.9}, (), 1),
     ],
 )
@@ -109,7 +109,8 @@ def test_exit_code(run_made_up, slopes, flags, code):
 
 
 def test_depth(run_made_up, tmp_path):
-    assert run_made_up({"mup": 0.1, "sp": np.nan}, "--config.vary=depth") == 0
+    flags = ("--config.vary=depth", "--config.sizes=(1,2)")
+    assert run_made_up({"mup": 0.1, "sp": np.nan}, *flags) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["vary"], results["sizes"]) == ("depth", [1, 2])
     assert results["checks"][1]["activation_slopes"]["logits"]["step_change"] is None
@@ -127,6 +128,7 @@ def test_depth(run_made_up, tmp_path):
 def test_base_model(vary, parametrization, base):
     config = default_check()
     config.vary = vary
+    config.sizes = (32, 64) if vary == "width" else (2, 64)
     config.train.model.update(width=48, depth=3)
     run = run_config(config, config.optimizers.AdamW, parametrization, 64)
     assert run.base.to_dict() == base
@@ -138,22 +140,24 @@ def test_base_model(vary, parametrization, base):
 
 @pytest.mark.parametrize("preset", [coord_check_cpu, coord_check_paper])
 @pytest.mark.parametrize("vary", ["width", "depth"])
-def test_presets_are_valid(preset, vary):
-    config = preset.get_config()
-    config.vary = vary
+def test_presets(preset, vary):
+    config = preset.get_config(vary)
     check_config(config)
+    assert config.vary == vary
+    assert config.optimizers.SOAP.expected_to_fail == (vary == "width")
+    with pytest.raises(ValueError, match=":batch: choose width or depth"):
+        preset.get_config("batch")
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("vary=batch", "config.vary='batch': choose 'width' or 'depth'"),
-        ("widths=(8,12)", "width=12 is not a multiple of head_dim=8"),
-        ("widths=(8,)", "sizes=(8,): give at least two"),
+        ("sizes=(8,12)", "width=12 is not a multiple of head_dim=8"),
+        ("sizes=(8,)", "sizes=(8,): give at least two"),
         ("steps=0", "steps=0"),
         ("train.batch_size=12", "config.batch_size=12 cannot be divided over 8 devices"),
         ("optimizers.AdamW.name=adam", "unknown optimizer 'adam'"),
-        ("optimizers.AdamW.expected_failure=batch", "expected_failure='batch': choose 'width',"),
     ],
 )
 def test_bad_flags_end_in_one_line(run, tmp_path, capsys, flag, message):
