@@ -175,7 +175,7 @@ def coord_check(
     sizes = tuple(sizes)
     if len(sizes) < 2 or sizes != tuple(sorted(set(sizes))) or sizes[0] < 1:
         raise ValueError(f"sizes={sizes}: give at least two, ascending from 1 or more")
-    if steps < 1 or not seeds or not batches:
+    if steps < 1 or len(seeds) < 1 or len(batches) < 1:
         raise ValueError(
             f"steps={steps}, {len(seeds)} seeds, {len(batches)} batches: give at least one of each"
         )
