@@ -240,7 +240,7 @@ def forbid_programs(monkeypatch):
     ],
 )
 def test_too_little_text(tmp_path, monkeypatch, documents, message):
-    monkeypatch.setitem(pipeline._SOURCES, "test", lambda: documents)
+    monkeypatch.setitem(pipeline._SOURCES, "test", lambda pattern: documents)
     loop._load_tokens.cache_clear()
     forbid_programs(monkeypatch)
     with pytest.raises(ValueError, match=message):
