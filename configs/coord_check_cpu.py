@@ -50,7 +50,8 @@ DENSE = ("SOAP", "AdaMuon")
 
 
 def get_config(vary: str = "width") -> ConfigDict:
-    sizes = {"width": (32, 64, 128, 256), "depth": (3, 6, 12, 24)}
+    # Even depths, which have a block in the middle.
+    sizes = {"width": (32, 64, 128, 256), "depth": (4, 8, 16, 32)}
     if vary not in sizes:
         raise ValueError(f"configs/coord_check_cpu.py:{vary}: choose width or depth")
     config = default_check()
@@ -58,7 +59,7 @@ def get_config(vary: str = "width") -> ConfigDict:
     config.sizes = sizes[vary]
     train = config.train
     train.model.update(width=32, depth=3, head_dim=16, mlp_ratio=1, mlp="gelu", positions="learned")
-    train.update(context=64, batch_size=16, tokens=100 * 1024, warmup_tokens=20 * 1024)
+    train.update(context=64, batch_size=16, tokens=100 * 1024, warmup_tokens=40 * 1024)
     train.clip_norm = 0.0
     config.optimizers = {}
     chosen = OVER_WIDTH if vary == "width" else OVER_DEPTH

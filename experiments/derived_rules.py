@@ -3,8 +3,8 @@
     python -m experiments.derived_rules --output=results/derived_rules
 
 writes report.md, a table of the measured rules beside the published ones, and results.json; about
-ten minutes on one CPU core. Transformations of Optax are found by their signatures, so that none is
-left out: those whose arguments are not among `ARGUMENTS`, or that need more than gradients and
+five minutes on two CPU cores. Transformations of Optax are found by their signatures, so that none
+is left out: those whose arguments are not among `ARGUMENTS`, or that need more than gradients and
 parameters, are listed with the reason.
 """
 
@@ -283,8 +283,8 @@ exponents. "Off by" is the worst residual of the three fits. Published rules are
 
 Parameters stay where they are while a rule is measured. What grows as they move away from where
 they began (prodigy, dog, dowg, dadapt_adamw, mechanize) is measured at its beginning, where that
-scale is one constant. Optax's complete `muon` has Jordan's √max(1, d_out / d_in), here with a
-vocabulary below all widths."""
+scale is one constant; L-BFGS, which looks back on the way it went, divides by zero. Optax's
+complete `muon` has Jordan's √max(1, d_out / d_in), here with a vocabulary below all widths."""
 
 SOAP_NOTES = """\
 Without blocks, SOAP's law depends on the rank of the gradients. The update is about ±1 wherever the

@@ -1,7 +1,9 @@
 """Measured rules against published ones, and what has no rule."""
 
 import functools
+import json
 import math
+import pathlib
 import re
 
 import jax
@@ -11,6 +13,7 @@ import optax
 import pytest
 
 import mup_jax
+from experiments import derived_rules
 from mup_jax import ParamShape, derive_rule, rules
 from mup_jax.transfer import derive
 
@@ -30,29 +33,35 @@ OF_OPTAX = {
     "sgd": (optax.sgd(0.1, momentum=0.9), SGD, 1),
     "adam": (optax.scale_by_adam(), ADAM, 0),
     "adopt": (optax.contrib.scale_by_adopt(), ADAM, 0),
-    "ademamix": (optax.contrib.ademamix(1e-3), ADAM, 0),
-    "adagrad": (optax.adagrad(1e-3), ADAM, 0),
-    "adadelta": (optax.adadelta(1e-3), ADAM, 0),
     "lion": (optax.lion(1e-3), ADAM, 0),
-    "rprop": (optax.rprop(1e-3), ADAM, 0),
-    "sm3": (optax.sm3(1e-3), ADAM, 0),
-    "yogi": (optax.yogi(1e-3), ADAM, 0),
     "lamb": (optax.lamb(1e-3), (0, -0.5, 0), 0),
-    "adafactor": (optax.adafactor(1e-3), (0, -0.5, 0), 0),
-    "lars": (optax.lars(1e-3), (0, -0.5, 0), 0),
-    "novograd": (optax.novograd(1e-3), MUON, 0),
     "madgrad": (optax.contrib.madgrad(1e-3), (1 / 3, -2 / 3, -1), 1 / 3),
+    "novograd": (optax.novograd(1e-3), MUON, 0),
     "clipped adam": (
         optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()),
         ADAM,
         0,
     ),
 }
+MORE_OF_OPTAX = {
+    "adadelta": (optax.adadelta(1e-3), ADAM, 0),
+    "adafactor": (optax.adafactor(1e-3), (0, -0.5, 0), 0),
+    "adagrad": (optax.adagrad(1e-3), ADAM, 0),
+    "ademamix": (optax.contrib.ademamix(1e-3), ADAM, 0),
+    "lars": (optax.lars(1e-3), (0, -0.5, 0), 0),
+    "rprop": (optax.rprop(1e-3), ADAM, 0),
+    "sm3": (optax.sm3(1e-3), ADAM, 0),
+    "yogi": (optax.yogi(1e-3), ADAM, 0),
+}
 
 
-@pytest.mark.parametrize("name", OF_OPTAX)
+def and_slow(fast, slow):
+    return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
+@pytest.mark.parametrize("name", and_slow(OF_OPTAX, MORE_OF_OPTAX))
 def test_measures_the_rules_of_optax(name):
-    inner, exponents, homogeneity = OF_OPTAX[name]
+    inner, exponents, homogeneity = (OF_OPTAX | MORE_OF_OPTAX)[name]
     derived = measured(inner, widths=WIDE)
     assert [derived.exponents[role] for role in LAYERS] == pytest.approx(exponents, abs=0.1)
     assert derived.homogeneity == pytest.approx(homogeneity, abs=0.01)
@@ -63,10 +72,10 @@ def test_measures_the_rules_of_optax(name):
 OURS = {
     "muon of optax": (optax.contrib.scale_by_muon(), rules.muon()),
     "muon": (mup_jax.scale_by_muon(), rules.muon()),
-    "adamuon": (mup_jax.scale_by_adamuon(), rules.adamuon()),
     "shampoo ½, blocks": (shampoo(block_size=BLOCK), rules.shampoo(block_size=BLOCK)),
 }
 SLOW = {
+    "adamuon": (mup_jax.scale_by_adamuon(), rules.adamuon()),
     "spectrally normalized muon": (
         optax.chain(mup_jax.scale_by_muon(), mup_jax.normalize_spectral_norm()),
         rules.spectrally_normalized(),
@@ -100,9 +109,7 @@ def exponents_of(factor, width=64, ratio=16):
     return [math.log(factor(shapes[role]), ratio) for role in LAYERS]
 
 
-@pytest.mark.parametrize(
-    "name", [*OURS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+@pytest.mark.parametrize("name", and_slow(OURS, SLOW))
 def test_published_rules_are_measured(name):
     inner, rule = (OURS | SLOW)[name]
     derived = measured(inner, widths=WIDTHS)
@@ -147,9 +154,7 @@ def with_rule(inner, rule, base_width=WIDTHS[0]):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["sgd", "adam", "lamb", pytest.param("shampoo ½, blocks", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", and_slow(["sgd", "adam", "lamb"], ["shampoo ½, blocks"]))
 def test_after_mup_with_the_measured_rule_nothing_is_left_to_scale(name):
     inner = (OF_OPTAX | OURS)[name][0]
     rule = measured(inner, widths=WIDTHS if name in OURS else WIDE).rule
@@ -159,7 +164,7 @@ def test_after_mup_with_the_measured_rule_nothing_is_left_to_scale(name):
         assert list(again.epsilon_exponents.values()) == pytest.approx([0, 0, 0], abs=0.1)
 
 
-@pytest.mark.parametrize("exponent", [0.5, pytest.param(0.25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exponent", and_slow([0.5], [0.25]))
 def test_blocks_that_do_not_divide_the_width_count_as_fractions(exponent):
     # Widths of 4.5, 8.5 and 16.5 blocks.
     widths = (36, 68, 132)
@@ -171,12 +176,21 @@ def test_blocks_that_do_not_divide_the_width_count_as_fractions(exponent):
     assert [-slopes[role] for role in LAYERS] == pytest.approx(want, abs=0.1)
 
 
-def test_blocks_larger_than_some_widths_have_no_rule():
-    derived = derive_rule(shampoo(block_size=64), widths=(32, 64, 128), examples=80)
+def has_no_rule(derived):
     assert derived.residuals["hidden"] > 0.1
     with pytest.raises(ValueError, match=r"hidden miss .* widths above the block size"):
         derived.rule  # noqa: B018
     assert "No rule: " in str(derived)
+
+
+def test_what_begins_at_some_width_has_no_rule():
+    kink = optax.stateless_with_tree_map(lambda g, _: (2 if g.shape[0] > 200 else 1) * g)
+    has_no_rule(derive_rule(kink, widths=WIDTHS))
+
+
+@pytest.mark.slow
+def test_blocks_larger_than_some_widths_have_no_rule():
+    has_no_rule(derive_rule(shampoo(block_size=64), widths=(32, 64, 128), examples=80))
 
 
 def test_a_scale_shared_by_all_layers_is_noted():
@@ -261,3 +275,20 @@ def test_the_default_is_precise_and_reads_well():
     assert list(derived.exponents.values()) == pytest.approx(ADAM, abs=0.05)
     assert re.search(r"\| embedding \| [+-]0.00 \| 0.0% \| -1.0\d \|", str(derived))
     assert "η ∝ depth^+0.00" in str(derived)
+
+
+def test_the_committed_table_has_all_transformations():
+    results = json.loads(pathlib.Path("results/derived_rules/results.json").read_text())["results"]
+    tables = derived_rules.sections()
+    assert {title: set(rows) for title, rows in results.items()} == {
+        title: set(cases) for title, cases in tables.items()
+    }
+    assert {"scale_by_adam", "adopt", "dog"} <= set(tables["Optax"]) | set(tables["optax.contrib"])
+    differing = [
+        name
+        for rows in results.values()
+        for name, row in rows.items()
+        if not row.get("agrees", True)
+    ]
+    # What the report explains.
+    assert all(name.startswith("soap, whole, ") for name in differing), differing

@@ -23,11 +23,6 @@ PATHS = ("cpu", "tpu")
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_in_any_order():
-    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
-
-
 def orthogonal(n):
     return np.linalg.qr(RNG.normal(size=(n, n)))[0]
 
