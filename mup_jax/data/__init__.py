@@ -9,13 +9,16 @@ from mup_jax.data.pipeline import (
     tokenize,
     training_batches,
     validation_batches,
+    vocab_size,
 )
+from mup_jax.data.stream import TokenStream
 from mup_jax.data.tokenizer import CharTokenizer, Tokenizer, make_tokenizer
 
 __all__ = [
     "Batch",
     "CharTokenizer",
     "Document",
+    "TokenStream",
     "Tokenizer",
     "Tokens",
     "fingerprint",
@@ -26,4 +29,5 @@ __all__ = [
     "tokenize",
     "training_batches",
     "validation_batches",
+    "vocab_size",
 ]

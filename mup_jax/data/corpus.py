@@ -51,14 +51,14 @@ def standard_library() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in _python_files(root))
     return [
-        Document(name, _clean((root / name).read_bytes()))
+        Document(name, clean((root / name).read_bytes().decode("ascii", errors="ignore")))
         for name in names
         if name not in _SKIPPED_FILES
     ]
 
 
 def text_files(pattern: str) -> list[Document]:
-    """Files of UTF-8 text, each a document, cleaned as `standard_library` is.
+    """Files of UTF-8 text, each a document.
 
     Args:
       pattern: of paths, as `glob.glob` takes it; `**` stands for any folders.
@@ -69,10 +69,24 @@ def text_files(pattern: str) -> list[Document]:
     Raises:
       ValueError: no file matches.
     """
-    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
+    return [read_text(path) for path in matching_files(pattern)]
+
+
+def read_text(path: str) -> Document:
+    """A file of UTF-8 text; bytes that are not UTF-8 become U+FFFD."""
+    return Document(Path(path).as_posix(), Path(path).read_bytes().decode(errors="replace"))
+
+
+def matching_files(pattern: str) -> list[str]:
+    """The files of a pattern that `glob.glob` takes, sorted.
+
+    Raises:
+      ValueError: there is none.
+    """
+    paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
     if not paths:
-        raise ValueError(f"no file matches {pattern!r}: give the path of text files, or a pattern")
-    return [Document(path.as_posix(), _clean(path.read_bytes())) for path in paths]
+        raise ValueError(f"no file matches {pattern!r}: give the path of files, or a pattern")
+    return paths
 
 
 def split_documents(
@@ -100,8 +114,8 @@ def split_documents(
     train: list[Document] = []
     validation: list[Document] = []
     for document in documents:
-        side = validation if _uniform(document.name) < validation_fraction else train
-        side.append(document)
+        held_out = is_held_out(document.name, validation_fraction)
+        (validation if held_out else train).append(document)
     for name, side in (("training", train), ("validation", validation)):
         if not any(document.text for document in side):
             raise ValueError(
@@ -119,11 +133,13 @@ def _python_files(root: Path) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _clean(source: bytes) -> str:
-    text = source.decode("ascii", errors="ignore").replace("\r\n", "\n").replace("\r", "\n")
+def clean(text: str) -> str:
+    """Text of newline and printable ASCII; tabs are expanded, all else is left out."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     return _NOT_PLAIN.sub("", text.expandtabs(8))
 
 
-def _uniform(name: str) -> float:
+def is_held_out(name: str, validation_fraction: float) -> bool:
+    """Whether a document goes to validation, by a hash of its name."""
     digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64 < validation_fraction

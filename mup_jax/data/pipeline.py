@@ -13,10 +13,25 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from mup_jax.data.corpus import Document, split_documents, standard_library, text_files
-from mup_jax.data.tokenizer import Tokenizer, make_tokenizer
+from mup_jax.data.corpus import (
+    Document,
+    clean,
+    split_documents,
+    standard_library,
+    text_files,
+)
+from mup_jax.data.manifest import Manifest, read_manifest, streams
+from mup_jax.data.stream import TokenStream, binary_files
+from mup_jax.data.tokenizer import Ids, Tokenizer, make_tokenizer, vocab_size_of
 
 Batch = dict[str, NDArray[np.int32]]
+
+# As a tokenizer's name: that of the prepared tokens.
+_OF_PREPARED = "prepared"
+
+# In memory, reading ahead in threads only contends for the interpreter.
+_READ_AT_ONCE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+_READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 _SOURCES: dict[str, Callable[[str], list[Document]]] = {
     "stdlib": lambda _: standard_library(),
@@ -31,49 +46,100 @@ class Tokens(NamedTuple):
       train: ids of shape `(training tokens,)`.
       validation: ids of shape `(validation tokens,)`, from other documents.
       vocab_size: every id is in `[0, vocab_size)`.
-      fingerprint: equal exactly where `train` and `validation` are.
+      fingerprint: equal where `train` and `validation` are, in all likelihood nowhere else.
     """
 
-    train: NDArray[np.uint16]
-    validation: NDArray[np.uint16]
+    train: Ids | TokenStream
+    validation: Ids | TokenStream
     vocab_size: int
     fingerprint: str
 
 
 def load(source: str, tokenizer: str) -> Tokens:
-    """Reads a corpus, splits it by document, and tokenizes both sides.
+    """A corpus, split by document and tokenized.
 
     Args:
-      source: "stdlib", the standard library's source files (see `standard_library`), or "files:"
-        and a pattern of paths (see `text_files`).
-      tokenizer: a name that `make_tokenizer` knows.
+      source: "stdlib", the standard library's source files (see `standard_library`); "files:" and
+        a pattern of paths (see `text_files`); "prepared:" and a folder that
+        `mup_jax.data.prepare` wrote, or its URL in a bucket; or "bin:TRAIN,VALIDATION", two
+        patterns of token files of llm.c or nanoGPT.
+      tokenizer: a name that `make_tokenizer` knows; for prepared tokens theirs, or "prepared".
 
     Raises:
-      ValueError: the source or the tokenizer is unknown, or the corpus is empty.
+      ValueError: the source or the tokenizer is unknown, or not that of the tokens, or the corpus
+        is empty.
     """
-    kind, _, pattern = source.partition(":")
-    if kind not in _SOURCES or (kind == "files") != bool(pattern):
-        raise ValueError(f"unknown text source {source!r}: choose 'stdlib' or 'files:PATTERN'")
+    kind, _, where = source.partition(":")
+    if kind == "prepared" and where:
+        return _prepared(where, tokenizer)
+    if kind == "bin" and where.count(",") == 1:
+        return _binary(where.split(","), vocab_size_of(tokenizer))
+    if kind not in _SOURCES or (kind == "files") != bool(where):
+        raise ValueError(
+            f"unknown text source {source!r}: choose 'stdlib', 'files:PATTERN', 'prepared:FOLDER' "
+            "or 'bin:TRAIN,VALIDATION'"
+        )
     encoder = make_tokenizer(tokenizer)
-    documents = _SOURCES[kind](pattern)
+    documents = _SOURCES[kind](where)
     train, validation = (tokenize(side, encoder) for side in split_documents(documents))
     return Tokens(
         train, validation, encoder.vocab_size, f"{fingerprint(train)}-{fingerprint(validation)}"
     )
 
 
-def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> NDArray[np.uint16]:
+def vocab_size(source: str, tokenizer: str) -> int:
+    """The vocabulary size of what `load` returns for the same arguments, without loading it.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    kind, _, where = source.partition(":")
+    if kind == "prepared" and (tokenizer == _OF_PREPARED or tokenizer.startswith("file:")):
+        return _manifest_of(where, tokenizer).vocab_size
+    return vocab_size_of(tokenizer)
+
+
+def _manifest_of(folder: str, tokenizer: str) -> Manifest:
+    manifest = read_manifest(folder)
+    if tokenizer not in (manifest.tokenizer, _OF_PREPARED):
+        raise ValueError(
+            f"the tokens in {folder} are not those of the tokenizer {tokenizer!r}: it is "
+            f"{manifest.tokenizer!r}"
+        )
+    return manifest
+
+
+def _prepared(folder: str, tokenizer: str) -> Tokens:
+    manifest = _manifest_of(folder, tokenizer)
+    return Tokens(*streams(folder, manifest), manifest.vocab_size, manifest.fingerprint)
+
+
+def _binary(patterns: list[str], vocab_size: int) -> Tokens:
+    train, validation = (binary_files(pattern, vocab_size) for pattern in patterns)
+    fingerprints = map(_fingerprint_of_sample, (train, validation))
+    return Tokens(train, validation, vocab_size, "-".join(fingerprints))
+
+
+def _fingerprint_of_sample(stream: TokenStream) -> str:
+    """For files without a manifest, which are too large to be read for it."""
+    starts = np.linspace(0, len(stream) - 1, min(len(stream), 1024)).astype(int)
+    sample = np.append(stream.gather(starts, 1), len(stream))
+    return hashlib.sha256(sample.tobytes()).hexdigest()[:16]
+
+
+def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Ids:
     """Ids of the documents joined by a newline, shape `(tokens,)`."""
-    return tokenizer.encode("\n".join(document.text for document in documents))
+    text = "\n".join(document.text for document in documents)
+    return tokenizer.encode(clean(text) if tokenizer.name == "char" else text)
 
 
-def fingerprint(tokens: NDArray[np.uint16]) -> str:
+def fingerprint(tokens: Ids) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of the tokens' bytes."""
     return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
 
 
 def training_batches(
-    tokens: NDArray[np.uint16],
+    tokens: Ids | TokenStream,
     *,
     context: int,
     batch_size: int,
@@ -127,13 +193,12 @@ def training_batches(
         )
         # Successive small batches are the contiguous parts of one global batch.
         .slice(slice(process_index, None, process_count))
-        # The tokens are in memory: reading ahead in threads only contends for the interpreter.
-        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        .to_iter_dataset(_READ_AHEAD if isinstance(tokens, TokenStream) else _READ_AT_ONCE)
     )
 
 
 def validation_batches(
-    tokens: NDArray[np.uint16], *, context: int, batch_size: int, max_batches: int | None = None
+    tokens: Ids | TokenStream, *, context: int, batch_size: int, max_batches: int | None = None
 ) -> Batch:
     """Full batches whose windows spread evenly over the tokens, always the same ones.
 
@@ -162,8 +227,21 @@ def validation_batches(
     return _inputs_and_targets(chosen.reshape(batches, batch_size, context + 1))
 
 
-def _windows(tokens: NDArray[np.uint16], context: int) -> NDArray[np.uint16]:
-    """A view of windows of `context + 1` tokens at stride `context`: neighbours share a token."""
+class _StreamWindows:
+    """`_windows` of a stream, read when they are asked for."""
+
+    def __init__(self, stream: TokenStream, context: int):
+        self._stream, self._context = stream, context
+
+    def __len__(self) -> int:
+        return (len(self._stream) - 1) // self._context
+
+    def __getitem__(self, rows: NDArray[np.integer]) -> Ids:
+        return self._stream.gather(rows * self._context, self._context + 1)
+
+
+def _windows(tokens: Ids | TokenStream, context: int) -> Ids | _StreamWindows:
+    """Windows of `context + 1` tokens at stride `context`: neighbours share a token."""
     if context < 1:
         raise ValueError(f"context={context}: choose at least 1 token")
     if len(tokens) < context + 1:
@@ -171,10 +249,12 @@ def _windows(tokens: NDArray[np.uint16], context: int) -> NDArray[np.uint16]:
             f"{len(tokens)} tokens are fewer than one window of context + 1 = {context + 1}: "
             "add text or choose a shorter context"
         )
+    if isinstance(tokens, TokenStream):
+        return _StreamWindows(tokens, context)
     return np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]
 
 
-def _inputs_and_targets(windows: NDArray[np.uint16]) -> Batch:
+def _inputs_and_targets(windows: Ids) -> Batch:
     return {
         "inputs": windows[..., :-1].astype(np.int32),
         "targets": windows[..., 1:].astype(np.int32),

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+Ids = NDArray[np.unsignedinteger]
+
 
 class Tokenizer(Protocol):
     """What the pipeline asks of a tokenizer, of characters or of byte pairs alike."""
@@ -20,11 +22,20 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Number of ids; every id is in `[0, vocab_size)`."""
 
-    def encode(self, text: str) -> NDArray[np.uint16]:
-        """Ids of the text, shape `(tokens,)`."""
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends a document; that of a newline where there is none of its own."""
+
+    def encode(self, text: str) -> Ids:
+        """Ids of the text, shape `(tokens,)`, of dtype `token_dtype(vocab_size)`."""
 
     def decode(self, ids: NDArray[np.integer]) -> str:
         """The text of ids of shape `(tokens,)`; inverts `encode`."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """The unsigned integers, of 16 or 32 bits, that hold the ids of a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 _CHARACTERS = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
@@ -42,6 +53,7 @@ class CharTokenizer:
 
     name = "char"
     vocab_size = len(_CHARACTERS)
+    end_of_text = _CHARACTERS.index("\n")
 
     def encode(self, text: str) -> NDArray[np.uint16]:
         """Ids of the characters, shape `(len(text),)`.
@@ -63,25 +75,93 @@ class CharTokenizer:
         Raises:
           ValueError: an id is outside `[0, 96)`.
         """
-        ids = np.asarray(ids)
-        outside = (ids < 0) | (ids >= self.vocab_size)
-        if outside.any():
-            raise ValueError(f"token id {ids[outside][0]} is not in [0, {self.vocab_size})")
+        check_ids(ids, self.vocab_size)
         return _BYTE_OF_ID[ids].tobytes().decode("ascii")
 
 
-_TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {CharTokenizer.name: CharTokenizer}
+class ByteTokenizer:
+    """One token per byte of UTF-8."""
+
+    name = "bytes"
+    vocab_size = 256
+    end_of_text = ord("\n")
+
+    def encode(self, text: str) -> NDArray[np.uint16]:
+        """The bytes of the text, shape `(bytes,)`."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+
+    def decode(self, ids: NDArray[np.integer]) -> str:
+        """The text of ids of shape `(tokens,)`; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id is outside `[0, 256)`.
+        """
+        check_ids(ids, self.vocab_size)
+        return np.asarray(ids).astype(np.uint8).tobytes().decode(errors="replace")
+
+
+def check_ids(ids: NDArray[np.integer], vocab_size: int) -> None:
+    """Raises ValueError where an id is outside `[0, vocab_size)`."""
+    outside = (np.asarray(ids) < 0) | (np.asarray(ids) >= vocab_size)
+    if outside.any():
+        raise ValueError(f"token id {np.asarray(ids)[outside][0]} is not in [0, {vocab_size})")
+
+
+GPT2_VOCABULARY = 50257
+
+
+def _gpt2() -> Tokenizer:
+    from mup_jax.data.bpe import Gpt2Tokenizer
+
+    return Gpt2Tokenizer()
+
+
+# Sizes stand here, so that a plan need not load what has to be downloaded.
+_TOKENIZERS: dict[str, tuple[int, Callable[[], Tokenizer]]] = {
+    "char": (CharTokenizer.vocab_size, CharTokenizer),
+    "bytes": (ByteTokenizer.vocab_size, ByteTokenizer),
+    "gpt2": (GPT2_VOCABULARY, _gpt2),
+}
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer registered under a name.
+    """The tokenizer of a name: "char", "bytes", "gpt2", or "file:" and a tokenizer.json's path.
 
     Raises:
-      ValueError: no tokenizer has this name.
+      ValueError: no tokenizer has this name, or it cannot be loaded.
     """
+    kind, _, path = name.partition(":")
+    if kind == "file" and path:
+        from mup_jax.data.bpe import FileTokenizer
+
+        return FileTokenizer(path)
     if name not in _TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {name!r}: choose one of {sorted(_TOKENIZERS)}")
-    return _TOKENIZERS[name]()
+        raise _unknown(name)
+    return _TOKENIZERS[name][1]()
+
+
+def vocab_size_of(name: str) -> int:
+    """The vocabulary size of a tokenizer, without loading more than it takes.
+
+    Args:
+      name: as for `make_tokenizer`, or "bpe:" and the size.
+
+    Raises:
+      ValueError: as `make_tokenizer`.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "bpe" and rest.isdecimal():
+        return int(rest)
+    if kind == "file" and rest:
+        return make_tokenizer(name).vocab_size
+    if name not in _TOKENIZERS:
+        raise _unknown(name)
+    return _TOKENIZERS[name][0]
+
+
+def _unknown(name: str) -> ValueError:
+    known = ", ".join(map(repr, _TOKENIZERS))
+    return ValueError(f"unknown tokenizer {name!r}: choose one of {known} or 'file:PATH'")
 
 
 def _unknown_character(text: str, position: int) -> ValueError:

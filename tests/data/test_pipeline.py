@@ -49,7 +49,7 @@ def test_load():
 
 
 def test_unknown_source():
-    with pytest.raises(ValueError, match="unknown text source 'web': choose 'stdlib' or 'files:"):
+    with pytest.raises(ValueError, match="unknown text source 'web': choose 'stdlib', 'files:"):
         load("web", "char")
 
 
@@ -67,9 +67,9 @@ def test_text_files(tmp_path):
     assert len(tokens.validation) < len(tokens.train)
 
 
-@pytest.mark.parametrize("source", ["files:", "files", "stdlib:x"])
+@pytest.mark.parametrize("source", ["files:", "files", "stdlib:x", "prepared:", "bin:one"])
 def test_incomplete_sources(source):
-    with pytest.raises(ValueError, match="choose 'stdlib' or 'files:PATTERN'"):
+    with pytest.raises(ValueError, match="choose 'stdlib', 'files:PATTERN'"):
         load(source, "char")
 
 

@@ -1,7 +1,12 @@
+import subprocess
+import sys
+import types
+
 import numpy as np
 import pytest
 
 from mup_jax.data import make_tokenizer
+from mup_jax.data.tokenizer import token_dtype, vocab_size_of
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 
@@ -43,5 +48,82 @@ def test_unknown_id_is_named(tokenizer, token_id):
 
 
 def test_unknown_tokenizer_is_named():
-    with pytest.raises(ValueError, match=r"unknown tokenizer 'bpe': choose one of \['char'\]"):
+    with pytest.raises(ValueError, match="unknown tokenizer 'bpe': choose one of 'char'"):
         make_tokenizer("bpe")
+
+
+def test_bytes():
+    tokenizer = make_tokenizer("bytes")
+    text = "a\næ🙂\0"
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+    assert ids.tolist() == list(text.encode())
+    with pytest.raises(ValueError, match=r"token id 256 is not in \[0, 256\)"):
+        tokenizer.decode(np.array([256]))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("char", 96), ("bytes", 256), ("gpt2", 50257), ("bpe:4000", 4000)]
+)
+def test_sizes_are_known_without_loading(name, size, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert vocab_size_of(name) == size
+
+
+@pytest.mark.parametrize("size", [1, 2**16, 2**16 + 1])
+def test_dtypes_hold_the_largest_id(size):
+    dtype = token_dtype(size)
+    assert np.iinfo(dtype).max >= size - 1
+    assert dtype.itemsize == (2 if size <= 2**16 else 4)
+
+
+def fake_tiktoken(get_encoding):
+    return types.SimpleNamespace(get_encoding=get_encoding)
+
+
+def test_gpt2(monkeypatch):
+    letters = types.SimpleNamespace(
+        encode_ordinary=lambda text: [ord(c) for c in text],
+        decode=lambda ids: "".join(map(chr, ids)),
+    )
+    monkeypatch.setitem(sys.modules, "tiktoken", fake_tiktoken({"gpt2": letters}.get))
+    tokenizer = make_tokenizer("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+    ids = tokenizer.encode("abc")
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == "abc"
+
+
+def test_gpt2_without_a_network(monkeypatch):
+    def get_encoding(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", fake_tiktoken(get_encoding))
+    with pytest.raises(ValueError, match=r"set TIKTOKEN_CACHE_DIR .* or use the tokenizer 'file:"):
+        make_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize(("name", "package"), [("gpt2", "tiktoken"), ("file:x", "tokenizers")])
+def test_missing_packages(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'mup_jax\[da"):
+        make_tokenizer(name)
+
+
+def test_a_file_that_is_not_a_tokenizer(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json is not a tokenizer\.json"):
+        make_tokenizer(f"file:{tmp_path}/x.json")
+
+
+def test_importing_loads_no_library_of_tokens():
+    code = (
+        "import sys, mup_jax.data; "
+        "print({'tokenizers', 'tiktoken', 'pyarrow', 'datasets'} & {*sys.modules})"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert output.stdout == "set()\n"
