@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from mup_jax.transforms.accounting import times_of
 from mup_jax.transforms.platforms import use_paths_of
 
 # Multiples of d³ for a d x d matrix, of m·n² for m x n with n <= m (Golub and Van Loan, Matrix
@@ -18,14 +19,19 @@ from mup_jax.transforms.platforms import use_paths_of
 _FACTORIZATIONS = {"eigh": 11.0, "svd": 22.0, "geqrf": 4 / 3, "qr": 8 / 3, "cholesky": 1 / 3}
 
 
-def count_flops(function: Callable[..., Any], *args: Any) -> float:
+def count_flops(function: Callable[..., Any], *args: Any, platform: str | None = None) -> float:
     """Operations of one call of `function` on arguments of these shapes (abstract ones will do).
 
-    Of the branches of a conditional the cheapest nonempty one counts: an optimizer's refresh of a
-    part of its blocks, rather than the first step's refresh of all. A `while` loop counts once.
-    Work that is divided over a mesh counts on all its devices, on the default backend's path.
+    Of the branches of a conditional the cheapest nonempty one counts, refreshes of preconditioners
+    for the share of the steps in which they are due. Iterations until convergence count as often as
+    is usual, other `while` loops once. Work that is divided over a mesh counts on all its devices.
+
+    Args:
+      function: any.
+      *args: its arguments.
+      platform: whose path counts; by default the default backend's.
     """
-    with use_paths_of(jax.default_backend()):
+    with use_paths_of(platform or jax.default_backend()):
         return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -54,5 +60,10 @@ def _count_equation(equation: Any) -> float:
         for value in (parameter if isinstance(parameter, (tuple, list)) else [parameter])
         if isinstance(value, (ClosedJaxpr, Jaxpr))
     ]
-    times = {"scan": params.get("length"), "shard_map": getattr(params.get("mesh"), "size", None)}
-    return sum(inner) * (times.get(name) or 1)
+    times = {
+        "scan": params.get("length"),
+        "shard_map": getattr(params.get("mesh"), "size", None),
+        "jit": times_of(params.get("name", "")),
+    }
+    factor = times.get(name)
+    return sum(inner) * (1 if factor is None else factor)

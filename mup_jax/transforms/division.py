@@ -2,12 +2,13 @@
 
 Parameters arrive in the layout that the model gave them; a device works on whole matrices, or on
 whole blocks of matrices. So a mesh axis along which a shard holds whole blocks stays where it is,
-and any other is moved to the stack: each device then has fewer matrices, and more of each. Such a
-move is one all-to-all, and its way back another. Axes over which a parameter is replicated divide
-the work too: on the way in a device takes its part of what it has, on the way back parts are
-gathered.
+and any other is moved to the stack: each device then has fewer matrices, and more of each. Where
+matrices are few and one of their sides has no preconditioner (a vocabulary), it is moved to that
+side, which may be divided at any place. Such a move is one all-to-all, and its way back another.
+Axes over which a parameter is replicated divide the work too: on the way in a device takes its part
+of what it has, on the way back parts are gathered.
 
-State is stored as it is worked on, unless the devices do not divide the number of matrices.
+State is stored as it is worked on, unless the devices do not divide it evenly.
 """
 
 import functools
@@ -38,7 +39,7 @@ class _Move(NamedTuple):
     target: int
 
     def enter(self, x: jax.Array) -> jax.Array:
-        """Pads the stack where the devices do not divide it."""
+        """Pads the target axis with zeros where the devices do not divide it."""
         missing = -x.shape[self.target] % self.size
         if missing:
             x = jnp.pad(x, [(0, missing if a == self.target else 0) for a in range(x.ndim)])
@@ -139,26 +140,34 @@ class Division:
     def _stored(self, shape: tuple[int, ...]) -> tuple[list[tuple[str, ...]], tuple[_Move, ...]]:
         """How a state array `(n, d_in, d_out)` or `(n, rows, columns, d, d)` is stored.
 
-        Axes that do not divide n lie along the last but one or the last axis, or nowhere.
+        Mesh axes that do not divide theirs lie along the last but one or the last axis, or nowhere.
         """
         names: list[tuple[str, ...]] = [()] * len(shape)
-        for axis in (IN, OUT):
-            if len(shape) == 3 or self.cut[axis - 1]:
-                names[axis] = self.work[axis]
-        local = _part(shape, names, self.sizes)
+        local = list(shape)
         moves: list[_Move] = []
-        for name in self.work[STACK]:
-            size = self.sizes[name]
-            if not moves and local[0] % size == 0:
-                local[0] //= size
-                names[0] += (name,)
-                continue
-            places = [axis for axis in (-2, -1) if local[axis] % size == 0]
+
+        def fits(name: str, axis: int) -> bool:
+            return local[axis] % self.sizes[name] == 0
+
+        def lay(name: str, axis: int) -> None:
+            local[axis] //= self.sizes[name]
+            names[axis] += (name,)
+
+        uneven: list[tuple[str, int]] = []
+        for axis in (IN, OUT, STACK):
+            if axis == STACK or len(shape) == 3 or self.cut[axis - 1]:
+                for name in self.work[axis]:
+                    # What follows an axis that comes later has to come later too.
+                    if fits(name, axis) and axis not in {target for _, target in uneven}:
+                        lay(name, axis)
+                    else:
+                        uneven.append((name, axis))
+        for name, target in uneven:
+            places = [axis % len(shape) for axis in (-2, -1)]
+            places = [axis for axis in places if axis != target and fits(name, axis)]
             if places:
-                axis = places[0] % len(shape)
-                local[axis] //= size
-                names[axis] += (name,)
-            moves.append(_Move(name, size, axis if places else None, STACK))
+                lay(name, places[0])
+            moves.append(_Move(name, self.sizes[name], places[0] if places else None, target))
         return names, tuple(moves)
 
     def spec(self, shape: tuple[int, ...]) -> jax.P:
@@ -214,11 +223,18 @@ def divide(
         local[target] = -(-local[target] // sizes[name])
         work[target].append(name)
 
+    # Where work can be divided unevenly: the stack, and the free side of one-sided matrices.
+    free = [axis for axis in (IN, OUT) if any(cut) and not cut[axis - 1]]
+
+    def least_padded(name: str) -> int:
+        size = sizes[name]
+        return min((STACK, *free), key=lambda axis: -(-local[axis] // size) * size / local[axis])
+
     for axis in (OUT, IN):
         while work[axis] and local[axis] % units[axis - 1]:
             name = work[axis].pop()
             local[axis] *= sizes[name]
-            move(name, axis, STACK)
+            move(name, axis, least_padded(name))
     for name in sizes:
         if any(name in names for names in work):
             continue
@@ -226,7 +242,7 @@ def divide(
         divisible = [axis for axis, unit in axes if local[axis] % (sizes[name] * unit) == 0]
         if divisible:
             move(name, None, divisible[0])
-        elif local[STACK] > 1:
-            move(name, None, STACK)
+        elif local[least_padded(name)] > 1:
+            move(name, None, least_padded(name))
     layout: Layout = (tuple(work[0]), tuple(work[1]), tuple(work[2]))
     return Division(shape, sizes, given, layout, tuple(moves), cut)

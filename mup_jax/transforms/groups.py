@@ -76,7 +76,8 @@ class _Mesh:
     def shard(self, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
         """`jax.shard_map` of a function over the axes of this mesh; itself if there are none."""
         if not self.types:
-            return function
+            # Of axes of one device, two leaves may still name different ones.
+            return lambda *args: function(*jax.tree.map(partial(self._put, spec=jax.P()), args))
         mapped = jax.shard_map(
             function,
             mesh=self.mesh,
@@ -94,17 +95,22 @@ class _Mesh:
 
         return placed
 
+    @cached_property
+    def _explicit(self) -> list[str]:
+        """The explicit axes, those of one device too."""
+        axes = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return [name for name, kind in axes if kind == AxisType.Explicit]
+
     def _put(self, x: jax.Array, spec: jax.P) -> jax.Array:
         """Moves to the explicit axes of a sharding; the others follow by themselves."""
-        explicit = self.of_type(AxisType.Explicit)
-        entries = [tuple(a for a in _names(e) if a in explicit) or None for e in spec]
-        if not explicit or jax.typeof(x).sharding.spec == jax.P(*entries):
+        entries = [tuple(a for a in _names(e) if a in self._explicit) or None for e in spec]
+        if not self._explicit or jax.typeof(x).sharding.spec == jax.P(*entries):
             return x
         return jax.reshard(x, jax.NamedSharding(self.mesh, jax.P(*entries)))
 
     def like(self, new: jax.Array, old: jax.Array) -> jax.Array:
         """`new` with the sharding of `old`."""
-        if not self.types:
+        if self.mesh.empty:
             return new
         new = self._put(new, jax.typeof(old).sharding.spec)
         return shard_alike(new, old)[0] if self.of_type(AxisType.Auto) else new

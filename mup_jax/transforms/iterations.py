@@ -11,22 +11,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mup_jax.transforms.accounting import counted
 from mup_jax.transforms.platforms import FLOOR, ROUNDING, factorize, matmul
 
 # Newton's iteration multiplies the smallest eigenvalue, at least ROUNDING, by 2 to e a step: 24
 # steps for p = 1, 18 for p = 4.
-_NEWTON_STEPS = 40
+_NEWTON_STEPS, _NEWTON_USUAL = 40, 20
 # Largest entry of M - I. Rounding leaves 1e-7 p.
 _NEWTON_DONE = 1e-5
 _NEWTON_TOLERANCE = 1e-2
 
 # Jacobi sweeps converge quadratically but for the smallest eigenvalues. 512×512 takes 8 to 13.
-_JACOBI_SWEEPS = 15
+_JACOBI_SWEEPS, _JACOBI_USUAL = 15, 10
 # Norm off the diagonal / norm, per √d. Rounding leaves 4e-8.
 _JACOBI_DONE = 1e-7
 
 # Two passes from a basis that is nearly right, seven for 512 nearly parallel columns.
-_CHOLESKY_PASSES = 8
+_CHOLESKY_PASSES, _CHOLESKY_USUAL = 8, 2
 # Largest entry of Qᵀ Q - I before a pass that leaves nothing but rounding, 1e-6.
 _CHOLESKY_DONE = 1e-2
 
@@ -42,11 +43,14 @@ def _largest_entry(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
 
 
-def _repeat(step: Callable[..., State], state: State, limit: int, done: float) -> State:
+def _repeat(
+    step: Callable[..., State], state: State, limit: int, done: float, *, usual: int
+) -> State:
     """Applies `state = step(*state[1:])` while any error, `state[0]`, is larger than `done`.
 
-    NaN counts as done.
+    NaN counts as done. Of `limit` steps `usual` ones are counted.
     """
+    step = counted(usual, step)
 
     def unfinished(carry: tuple[int, State]) -> jax.Array:
         count, (error, *_) = carry
@@ -103,7 +107,9 @@ def jacobi(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return measure(rows)
 
     first = measure(jnp.zeros_like(x) + identity)
-    _, rotated, rows = _repeat(sweep, first, _JACOBI_SWEEPS, _JACOBI_DONE * n**0.5)
+    _, rotated, rows = _repeat(
+        sweep, first, _JACOBI_SWEEPS, _JACOBI_DONE * n**0.5, usual=_JACOBI_USUAL
+    )
     # The rows and columns that fill up are zero: they are never mixed with others.
     values = jnp.diagonal(rotated, axis1=-2, axis2=-1)[..., :d]
     order = jnp.argsort(-values, axis=-1)
@@ -160,7 +166,7 @@ def newton_root(x: jax.Array, p: int, ridge: Callable[[jax.Array], jax.Array]) -
         return _largest_entry(m - identity), m, root
 
     first = (_largest_entry(m - identity), m, root)
-    error, _, root = _repeat(step, first, _NEWTON_STEPS, _NEWTON_DONE)
+    error, _, root = _repeat(step, first, _NEWTON_STEPS, _NEWTON_DONE, usual=_NEWTON_USUAL)
     # The other half of rounding is antisymmetric, and large where eigenvalues are small.
     root = (root + root.mT) / 2
     return jnp.where(error <= _NEWTON_TOLERANCE, root * unit ** (-1 / p), jnp.nan)
@@ -189,5 +195,5 @@ def cholesky_qr(x: jax.Array) -> jax.Array:
         return _largest_entry(gram - identity), q
 
     first = (jnp.full_like(x[..., :1, :1], jnp.inf), unit_columns(x))
-    error, q = _repeat(one_pass, first, _CHOLESKY_PASSES, _CHOLESKY_DONE)
+    error, q = _repeat(one_pass, first, _CHOLESKY_PASSES, _CHOLESKY_DONE, usual=_CHOLESKY_USUAL)
     return jnp.where(error <= _CHOLESKY_DONE, q, jnp.nan)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mup_jax.transforms.accounting import counted
 from mup_jax.transforms.division import IN, OUT, STACK, Division
 
 
@@ -115,14 +116,23 @@ def refresh(
 
         return each(choose, each(due, turns, late), flat[0], (first or fresh)(*flat))
 
-    def refresh_due(flat: Any, unless: Any = False) -> Any:
-        def due(turn: Turns, _: Any) -> jax.Array:
-            return jnp.where(unless, len(turn.local), turn.indices(step, frequency))
+    def refresh_due(turns: Any, flat: Any) -> Any:
+        def due(turn: Turns) -> jax.Array:
+            return jnp.where(is_first, len(turn.local), turn.indices(step, frequency))
 
-        indices = each(due, turns, late)
+        indices = jax.tree.map(due, turns, is_leaf=is_turns)
         old = tuple(each(lambda i, x: x.at[i].get(mode="clip"), indices, part) for part in flat)
         put = lambda i, x, new: x.at[i].set(new, mode="drop")
         return each(put, indices, flat[0], fresh(*old))
+
+    def refresh_piece(turn: Turns, *parts: Any) -> Any:
+        """Only in those steps in which one of few blocks has its turn."""
+        alone = lambda x: {"piece": [x]}
+        refreshed = lambda *parts: refresh_due(alone(turn), tuple(map(alone, parts)))["piece"][0]
+        share = min(1.0, len(turn.local) / frequency)
+        due = ~is_first & jnp.any(turn.due(step, frequency))
+        branch = counted(share, refreshed)
+        return jax.lax.cond(due, branch, lambda current, *_: current, *parts)
 
     refresh_all = lambda flat: fresh(*flat)
     keep = lambda flat: flat[0]
@@ -130,15 +140,14 @@ def refresh(
         new = refresh_all(flat)
     else:
         is_first = (step < first_steps) | jnp.any(jnp.concatenate(jax.tree.leaves(late)))
-        flat = (jax.lax.cond(is_first, refresh_first, keep, flat), *flat[1:])
+        first_branch = counted(0, refresh_first)
+        flat = (jax.lax.cond(is_first, first_branch, keep, flat), *flat[1:])
         if frequency == 1 or not stagger:
             due = ~is_first & (step % frequency == 0)
-            new = jax.lax.cond(due, refresh_all, keep, flat)
-        elif all(len(piece.local) < frequency for piece in pieces):
-            in_turn = [piece.due(step, frequency) for piece in pieces]
-            due = ~is_first & jnp.any(jnp.concatenate(in_turn))
-            new = jax.lax.cond(due, refresh_due, keep, flat)
-        else:
+            new = jax.lax.cond(due, counted(1 / frequency, refresh_all), keep, flat)
+        elif all(len(piece.local) >= frequency for piece in pieces):
             # Not a branch, which would copy all to change a part.
-            new = refresh_due(flat, unless=is_first)
+            new = refresh_due(turns, flat)
+        else:
+            new = jax.tree.map(refresh_piece, turns, *flat, is_leaf=is_turns)
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, current)

@@ -129,3 +129,24 @@ def test_optimizer_flops_of_a_program():
     assert program.optimizer_flops == per_layer
     assert program_of(1).optimizer_flops == 0
     assert program_of(1).steps == STEPS
+
+
+@pytest.mark.parametrize("n", [1, 4, 12])
+@pytest.mark.parametrize("stagger", [True, False])
+def test_refreshes_count_for_their_share_of_the_steps(n, stagger):
+    d, frequency = 8, 4
+
+    def flops(**options):
+        shampoo = mup_jax.scale_by_shampoo(
+            weight_dimension_numbers=MuonDimensionNumbers(-2, -1), stagger=stagger, **options
+        )
+        gradient = abstract(n, d, d)
+        state = jax.eval_shape(shampoo.init, gradient)
+        return count_flops(shampoo.update, gradient, state, platform="cpu")
+
+    # Two Gram matrices and two sides of the update.
+    products = n * 4 * 2 * d**3
+    of_refresh = flops(precondition_frequency=1) - products
+    assert of_refresh > 2 * n * 11 * d**3
+    expected = products + of_refresh / frequency
+    assert flops(precondition_frequency=frequency) == pytest.approx(expected)

@@ -28,6 +28,27 @@ CASES = {
     "replicated, uneven": ((3, 8, 8), ((), (), ()), WHOLE, (("a",), (), ()), 1),
     "replicated matrix": ((1, 8, 8), ((), (), ()), WHOLE, ((), (), ()), 0),
     # A side without preconditioner may be divided at any place.
+    "one side, uneven": (
+        (1, 13, 8),
+        ((), (), ("a", "b")),
+        Blocking(4, 10_000, "out"),
+        ((), ("b", "a"), ()),
+        2,
+    ),
+    "one side, a few": (
+        (2, 13, 8),
+        ((), (), ("a",)),
+        Blocking(None, 10_000, "out"),
+        (("b",), ("a",), ()),
+        2,
+    ),
+    "one side, replicated": (
+        (1, 13, 8),
+        ((), (), ()),
+        Blocking(None, 10_000, "out"),
+        ((), ("a", "b"), ()),
+        2,
+    ),
     "one side": ((1, 12, 8), ((), ("a",), ()), Blocking(4, 10_000, "out"), ((), ("a",), ("b",)), 1),
 }
 
@@ -63,7 +84,7 @@ def test_a_group_goes_in_and_comes_back(name):
         worked, back = jax.jit(run)(jax.device_put(x, spec(given)))
     np.testing.assert_array_equal(back, x)
     worked = np.asarray(worked)
-    # A stack that the devices do not divide is filled with zeros at its end.
+    # An axis that the devices do not divide is filled with zeros at its end.
     np.testing.assert_array_equal(np.sort(worked.ravel()[worked.ravel() > 0]), x.ravel()[1:])
     if worked.shape == shape:
         np.testing.assert_array_equal(worked, x)

@@ -96,9 +96,24 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+SLOW = [
+    ("shampoo", "Explicit"), ("soap_blocks", "Explicit"),
+    *((name, "Auto") for name in TRANSFORMATIONS if name not in ("muon", "shampoo_blocks")),
+]  # fmt: skip
+
+
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    [
+        pytest.param(
+            name, kind, marks=[] if quick else [pytest.mark.slow], id=f"{name}-{kind.name}"
+        )
+        for name in TRANSFORMATIONS
+        for kind in AXIS_TYPES
+        for quick in [(name, kind.name) not in SLOW]
+    ],
+)
 def test_updates_are_those_of_one_device(name, axis_type):
     make = lambda: TRANSFORMATIONS[name](weight_dimension_numbers=NUMBERS)
     trees = gradients(LEAVES, steps=3)
@@ -174,7 +189,10 @@ def factorizations(text):
     return sum(int(n) for n in re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', text))
 
 
-@pytest.mark.parametrize("leaves", [FSDP, TENSOR], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize(
+    "leaves",
+    [pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow), pytest.param(TENSOR, id="tensor")],
+)
 @pytest.mark.parametrize("name", ["muon", "shampoo_blocks", "shampoo", "soap"])
 def test_state_and_work_are_equal_shares_and_nothing_is_gathered(name, leaves):
     mesh = make_mesh(AxisType.Explicit)
@@ -201,6 +219,21 @@ def test_state_and_work_are_equal_shares_and_nothing_is_gathered(name, leaves):
         assert sum(found["all-to-all"]) == 4 * share
 
 
+def test_the_work_on_a_vocabulary_is_divided_though_it_is_one_matrix():
+    # No number of devices divides it.
+    leaves = {"embedding": ((1, 2011, 32), jax.P(None, None, ("data", "model")))}
+    alone, state_alone = compiled_update("soap_one_side", leaves, None)
+    program, state = compiled_update("soap_one_side", leaves, make_mesh(AxisType.Explicit))
+    assert state <= 1.15 * state_alone / 8
+    assert program.cost_analysis()["flops"] <= 1.15 * alone.cost_analysis()["flops"] / 8
+    found = collectives(program.as_text())
+    assert set(found) <= {"all-to-all", "all-reduce"}
+    # The gradient in and the direction out, the two moments in and out.
+    assert sum(found["all-to-all"]) <= 6 * 2016 * 32 // 8
+    # A factor, and what is asked of all parts of a matrix.
+    assert sum(found["all-reduce"]) <= 32 * 32 + 10
+
+
 def test_automatic_axes_gather_nothing_either():
     for name in ("muon", "shampoo_blocks"):
         program, _ = compiled_update(name, FSDP, make_mesh(AxisType.Auto))
@@ -210,7 +243,9 @@ def test_automatic_axes_gather_nothing_either():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", ["muon", "shampoo_blocks", "soap"])
+@pytest.mark.parametrize(
+    "name", ["muon", "shampoo_blocks", pytest.param("soap", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_is_restored_bit_for_bit_on_other_meshes(name, tmp_path):
     leaves = {"up": FSDP["up"], "uneven": ((3, 24, 24), jax.P(None, "data", None))}
     transformation = TRANSFORMATIONS[name](weight_dimension_numbers=STACKED)
