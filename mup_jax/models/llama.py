@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
+
+from mup_jax.models.attention import ATTENTION
+from mup_jax.models.sharding import linear, lookup, per_head, place
 
 # Cosine and sine of the rotary angles; None for learned positions.
 Rotation = tuple[jax.Array, jax.Array] | None
@@ -30,8 +32,24 @@ _ROLE_OF = {
     "layers": "hidden",
     "readout": "readout",
 }
+# The names of the axes, for `mup_jax.models.sharding`.
+_AXES = {
+    "embedding": ("vocab", "embed"),
+    "positions": (None, "embed"),
+    "readout": ("embed", "vocab"),
+    **dict.fromkeys(("query", "key", "value"), ("layers", "embed", "heads")),
+    "output": ("layers", "heads", "embed"),
+    **dict.fromkeys(("gate", "up"), ("layers", "embed", "mlp")),
+    "down": ("layers", "mlp", "embed"),
+}
 _MLP_MATRICES = {"swiglu": 3, "gelu": 2}
-_NOT_SIZES = ("dtype", "mlp", "learned_positions")
+# What the backward pass finds in memory; the rest it computes again.
+_REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+_SIZES = ("vocab_size", "width", "depth", "head_dim", "mlp_ratio", "base_depth", "rope_theta")
 
 
 @dataclass(frozen=True)
@@ -51,9 +69,12 @@ class LlamaConfig:
         α = 1, arXiv 2505.01618). None stands for `depth`: no multiplier.
       rope_theta: base of the rotary wavelengths.
       dtype: of activations and matrix products; parameters and logits are float32.
+      attention: the kernel of `mup_jax.models.attention`: "xla", "cudnn" or "splash".
+      remat: of each block, which activations the backward pass computes again: "none", "dots" (all
+        but the products with weights), or "full".
 
     Raises:
-      ValueError: a size is not positive, or the heads do not divide the width.
+      ValueError: a size is not positive, the heads do not divide the width, or an unknown name.
     """
 
     vocab_size: int
@@ -66,14 +87,19 @@ class LlamaConfig:
     base_depth: int | None = None
     rope_theta: float = 10_000.0
     dtype: DTypeLike = jnp.float32
+    attention: str = "xla"
+    remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in _NOT_SIZES and value is not None and value <= 0:
-                raise ValueError(f"{field.name}={value}: choose a positive value")
-        if self.mlp not in _MLP_MATRICES:
-            raise ValueError(f"mlp={self.mlp!r}: choose one of {', '.join(_MLP_MATRICES)}")
+        for size in _SIZES:
+            value = getattr(self, size)
+            if value is not None and value <= 0:
+                raise ValueError(f"{size}={value}: choose a positive value")
+        for name, known in (("mlp", _MLP_MATRICES), ("attention", ATTENTION), ("remat", _REMAT)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}"
+                )
         if self.learned_positions < 0:
             raise ValueError(
                 f"learned_positions={self.learned_positions}: give the context, or 0 for rotary"
@@ -158,12 +184,7 @@ class Llama(nnx.Module):
         }
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        embedding_VD = self.embedding[...].astype(self.config.dtype)
-        # A lookup must be told its sharding under explicit meshes: that of the tokens.
-        tokens_sharding = jax.typeof(tokens_BT).sharding
-        x_BTD = embedding_VD.at[tokens_BT].get(
-            out_sharding=tokens_sharding.update(spec=PartitionSpec(*tokens_sharding.spec, None))
-        )
+        x_BTD = lookup(self.embedding[...].astype(self.config.dtype), tokens_BT)
         if self.config.learned_positions:
             context = tokens_BT.shape[1]
             if context > self.config.learned_positions:
@@ -171,7 +192,7 @@ class Llama(nnx.Module):
                     f"{context} tokens, but learned_positions={self.config.learned_positions}: "
                     "give at least the context"
                 )
-            x_BTD += self.positions[...][:context].astype(x_BTD.dtype)
+            x_BTD += place(self.positions[...], None, None)[:context].astype(x_BTD.dtype)
         return x_BTD
 
     def _apply_blocks(
@@ -185,13 +206,15 @@ class Llama(nnx.Module):
             x_BTD = nnx.merge(block, params)(x_BTD, rotation)
             return x_BTD, keep(x_BTD)
 
+        if self.config.remat != "none":
+            policy = _REMAT[self.config.remat]
+            apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
         # Scanned, so that compile time does not grow with depth.
         return jax.lax.scan(apply_block, x_BTD, stacked_params)
 
     def _logits(self, features_BTD: jax.Array) -> jax.Array:
-        x_BTD = _rms_norm(features_BTD)
-        readout_DV = self.readout[...].astype(x_BTD.dtype)
-        return jnp.matmul(x_BTD, readout_DV, preferred_element_type=jnp.float32)
+        x_BTD, readout_DV = _rms_norm(features_BTD), self.readout[...]
+        return linear(x_BTD, readout_DV, "embed", "vocab", preferred_element_type=jnp.float32)
 
 
 class _Block(nnx.Module):
@@ -212,24 +235,29 @@ class _Attention(nnx.Module):
         width = config.width
         query_key, key_key, value_key = jax.random.split(key, 3)
         self.head_dim = config.head_dim
+        self.attention = ATTENTION[config.attention]
         self.query = _hidden(query_key, width, width)
         self.key = _hidden(key_key, width, width)
         self.value = _hidden(value_key, width, width)
         self.output = nnx.Param(jnp.zeros((width, width)))
 
     def __call__(self, x_BTD: jax.Array, rotation: Rotation) -> jax.Array:
-        def heads(weight_DD: nnx.Param) -> jax.Array:
-            y_BTD = _linear(x_BTD, weight_DD)
-            return y_BTD.reshape(*y_BTD.shape[:-1], -1, self.head_dim)
+        def project(weight_DD: nnx.Param) -> jax.Array:
+            return linear(x_BTD, weight_DD[...], "embed", "heads")
 
-        x_BTHK = jax.nn.dot_product_attention(
-            _rotate(_rms_norm(heads(self.query)), rotation),
-            _rotate(_rms_norm(heads(self.key)), rotation),
-            heads(self.value),
-            scale=self.head_dim**-0.5,
-            is_causal=True,
+        projected = project(self.query), project(self.key), project(self.value)
+        attended_BTD = per_head(self._attend, projected, rotation)
+        return linear(attended_BTD, self.output[...], "heads", "embed")
+
+    def _attend(
+        self, projected: tuple[jax.Array, jax.Array, jax.Array], rotation: Rotation
+    ) -> jax.Array:
+        query_BTHK, key_BTHK, value_BTHK = (
+            y.reshape(*y.shape[:2], -1, self.head_dim) for y in projected
         )
-        return _linear(x_BTHK.reshape(x_BTD.shape), self.output)
+        query_BTHK = _rotate(_rms_norm(query_BTHK), rotation)
+        key_BTHK = _rotate(_rms_norm(key_BTHK), rotation)
+        return self.attention(query_BTHK, key_BTHK, value_BTHK).reshape(projected[0].shape)
 
 
 class _Mlp(nnx.Module):
@@ -244,10 +272,11 @@ class _Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         if self.gated:
-            x_BTF = jax.nn.silu(_linear(x_BTD, self.gate)) * _linear(x_BTD, self.up)
+            gate_BTF = linear(x_BTD, self.gate[...], "embed", "mlp")
+            x_BTF = jax.nn.silu(gate_BTF) * linear(x_BTD, self.up[...], "embed", "mlp")
         else:
-            x_BTF = jax.nn.gelu(_linear(x_BTD, self.up))
-        return _linear(x_BTF, self.down)
+            x_BTF = jax.nn.gelu(linear(x_BTD, self.up[...], "embed", "mlp"))
+        return linear(x_BTF, self.down[...], "mlp", "embed")
 
 
 def roles(params: Any) -> Any:
@@ -260,6 +289,29 @@ def roles(params: Any) -> Any:
       The same tree with "embedding", "hidden" or "readout" at the leaves.
     """
     return jax.tree.map_with_path(lambda path, _: _ROLE_OF[path[0].key], params)
+
+
+def layer_groups(params: Any) -> Any:
+    """Says of each parameter of a `Llama`, in a pure dict, which kind of layer it is part of.
+
+    Returns:
+      The same tree with "embedding", "attention", "mlp" or "readout" at the leaves.
+    """
+
+    def group(path: Any, _: Any) -> str:
+        names = [entry.key for entry in path]
+        return names[1] if names[0] == "layers" else _ROLE_OF[names[0]]
+
+    return jax.tree.map_with_path(group, params)
+
+
+def shard(params: Any) -> Any:
+    """The parameters of a `Llama`, laid out on the mesh in use by `sharding.AXIS_RULES`.
+
+    Args:
+      params: a pure dict.
+    """
+    return jax.tree.map_with_path(lambda path, x: place(x, *_AXES[path[-1].key]), params)
 
 
 def num_parameters(config: LlamaConfig) -> int:
@@ -295,10 +347,6 @@ def _embedding(key: jax.Array, rows: int, width: int) -> nnx.Param:
 
 def _hidden(key: jax.Array, d_in: int, d_out: int) -> nnx.Param:
     return nnx.Param(jax.random.normal(key, (d_in, d_out)) / math.sqrt(d_in))
-
-
-def _linear(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    return x @ weight[...].astype(x.dtype)
 
 
 def _rms_norm(x: jax.Array) -> jax.Array:
