@@ -1,5 +1,6 @@
 """What all entry points share: their flags, and errors as one line."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def run(
 
 
 def _one_line(error: BaseException) -> str:
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return f"the disk is full ({error}): make room, then the same command goes on from here"
     text = error.args[0] if isinstance(error, KeyError) else str(error)
     return re.sub(r"\s+", " ", text).strip()
 

@@ -29,7 +29,7 @@ from mup_jax.analysis.coordinates import finding, markdown, title, verdict
 from mup_jax.models.llama import LlamaConfig
 from mup_jax.training import config as config_lib
 from mup_jax.training import default_config, validate
-from mup_jax.training.mesh import data_parallel_mesh
+from mup_jax.training.mesh import make_mesh
 from mup_jax.training.metrics import finite_or_none, write_atomically
 from mup_jax.training.program import WEIGHT_DIMENSION_NUMBERS, Hyperparameters, make_program
 from mup_jax.training.record import provenance
@@ -188,7 +188,7 @@ def command_line() -> str:
 def main(flags: Any) -> int:
     config, workdir = flags.config, Path(flags.workdir)
     check_config(config)
-    mesh = data_parallel_mesh(config.train.batch_size)
+    mesh = make_mesh(config.train)
     tokens = data.load(config.train.data.source, config.train.data.tokenizer)
     batches = first_batches(config, tokens, mesh)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -3,29 +3,77 @@
     python -m experiments.train --config=configs/tiny.py --workdir=DIR [--config.model.width=64 ...]
 
 Writes DIR/metrics.jsonl (a line per step), DIR/checkpoints and DIR/result.json. Started again after
-any interruption it goes on, and ends with the same numbers.
+any interruption it goes on, and ends with the same numbers. Start it on every host of a TPU pod or
+a GPU cluster, with a DIR that all of them see, and they train one model. SIGTERM makes it save and
+end with exit code 143.
+
+    --tensorboard            DIR/tensorboard, for `tensorboard --logdir=DIR`
+    --wandb=PROJECT          Weights & Biases; the key comes from `wandb login` or WANDB_API_KEY
+    --profile=100:105        a trace of these steps in DIR/profile, for TensorBoard or Perfetto
 """
 
-import time
+import sys
+from pathlib import Path
 from typing import Any
 
-from experiments import command
-from mup_jax.training import train
+from absl import flags
+
+from experiments import command, monitors
+from mup_jax.training import Preempted, distributed, train, validate
+from mup_jax.training.throughput import Progress
 
 
-def main(flags: Any) -> None:
-    start = time.perf_counter()
+def main(flags: Any) -> int:
+    distributed.initialize()
+    workdir = Path(flags.workdir)
+    profile = parse_steps(flags.profile)
+    validate(flags.config)  # before a monitor begins a run of its own
+    with monitors.opened(flags.config, workdir, flags.tensorboard, flags.wandb) as observers:
+        try:
+            result = train(flags.config, workdir, show, observers=observers, profile=profile)
+        except Preempted as stop:
+            print(f"{stop}: the same command goes on from there", file=sys.stderr)
+            return 143
+        except (OSError, ValueError) as error:
+            distributed.leave(error)
+            raise
+    if distributed.is_first():
+        loss = result["validation_loss"]
+        outcome = "diverged" if loss is None else f"validation loss {loss:.4f} nats per token"
+        print(f"{result['parameters']:,} parameters, {result['tokens']:,} tokens: {outcome}")
+        print(f"metrics, checkpoints and result.json are in {flags.workdir}")
+    return 0
 
-    def show(step: int, steps: int, loss: float | None) -> None:
-        seconds = time.perf_counter() - start
-        print(f"step {step}/{steps}  loss {loss:.4f}  {seconds:.0f} s", flush=True)
 
-    result = train(flags.config, flags.workdir, on_progress=show)
-    loss = result["validation_loss"]
-    outcome = "diverged" if loss is None else f"validation loss {loss:.4f} nats per token"
-    print(f"{result['parameters']:,} parameters, {result['tokens']:,} tokens: {outcome}")
-    print(f"metrics, checkpoints and result.json are in {flags.workdir}")
+def show(now: Progress) -> None:
+    """One line of progress."""
+    loss = "not finite" if now.loss is None else f"{now.loss:.4f}"
+    mfu = "" if now.mfu is None else f"  MFU {now.mfu:.1%}"
+    print(
+        f"step {now.step}/{now.steps}  loss {loss}  {now.tokens_per_second:,.0f} tokens/s{mfu}",
+        flush=True,
+    )
+
+
+def parse_steps(text: str) -> range:
+    """The steps of "FIRST:LAST", both included; none for an empty text.
+
+    Raises:
+      ValueError: another text.
+    """
+    if not text:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise ValueError(f"--profile={text}: give the first and the last step, like 100:105")
+    return range(int(first), int(last) + 1)
+
+
+def define_flags() -> None:
+    flags.DEFINE_bool("tensorboard", False, "Write DIR/tensorboard.")
+    flags.DEFINE_string("wandb", "", "Project of Weights & Biases to write to.")
+    flags.DEFINE_string("profile", "", "Steps FIRST:LAST to trace.")
 
 
 if __name__ == "__main__":
-    command.run(main, config="configs/tiny.py", workdir="runs/train")
+    command.run(main, config="configs/tiny.py", workdir="runs/train", define_flags=define_flags)

@@ -2,6 +2,14 @@
 
 from mup_jax.training.checkpoint import CheckpointError
 from mup_jax.training.config import default_config, identity, validate
-from mup_jax.training.loop import claim_workdir, train
+from mup_jax.training.loop import Preempted, claim_workdir, train
 
-__all__ = ["CheckpointError", "claim_workdir", "default_config", "identity", "train", "validate"]
+__all__ = [
+    "CheckpointError",
+    "Preempted",
+    "claim_workdir",
+    "default_config",
+    "identity",
+    "train",
+    "validate",
+]

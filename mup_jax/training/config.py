@@ -12,10 +12,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mup_jax.models.attention import attention_of
 from mup_jax.models.llama import LlamaConfig
 from mup_jax.optimizers import OPTIMIZERS
 
 POSITIONS = ("rotary", "learned")
+DTYPES = ("float32", "bfloat16")
+MACHINE_KEYS = ("mesh", "microbatches", "remat", "attention", "health_every")
 # The arguments of an optimizer that the trainer sets itself.
 _SET_BY_TRAINER = {
     "learning_rate",
@@ -36,7 +39,14 @@ def default_config() -> ConfigDict:
     leaves it alone. `eval_batches` bounds the validation batches; validation also runs every
     `eval_every` steps where that is not 0. Without checkpoints (`checkpoint_every` 0) an
     interrupted run begins again. `measure_optimizer` is whether the optimizer's FLOPs and share of
-    a step are measured.
+    a step are measured. `dtype` is that of activations; weights are float32. `init_from` is the
+    folder of a run of the same model whose weights this one begins with; empty for random ones.
+
+    `MACHINE_KEYS` say how the work is done, not what comes out, and may change when a run goes on:
+    `mesh` is how devices are arranged (see `make_mesh`), `microbatches` into how many parts a batch
+    is cut, whose gradients are added up, `remat` which activations are computed again (see
+    `LlamaConfig`) and `attention` the kernel, "auto" for the fastest that the platform has. The
+    health of preconditioners is measured every `health_every` steps, never where that is 0.
     """
     return ConfigDict(
         {
@@ -67,6 +77,13 @@ def default_config() -> ConfigDict:
             "eval_every": 0,
             "checkpoint_every": 100,
             "measure_optimizer": True,
+            "dtype": "float32",
+            "init_from": "",
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "microbatches": 1,
+            "remat": "none",
+            "attention": "auto",
+            "health_every": 0,
         }
     )
 
@@ -76,9 +93,16 @@ def steps_of(config: ConfigDict) -> int:
     return config.tokens // (config.batch_size * config.context)
 
 
-def model_config(config: ConfigDict, vocab_size: int, *, base: bool = False) -> LlamaConfig:
-    """The Llama to train, or the base model of its scaling rules."""
+def model_config(
+    config: ConfigDict, vocab_size: int, *, base: bool = False, platform: str | None = None
+) -> LlamaConfig:
+    """The Llama to train, or the base model of its scaling rules; on JAX's platform by default."""
     size = config.base if base else config.model
+    attention = config.attention
+    if attention == "auto":
+        attention = attention_of(
+            platform or jax.default_backend(), config.dtype, config.context, config.model.head_dim
+        )
     return LlamaConfig(
         vocab_size=vocab_size,
         width=size.width,
@@ -88,6 +112,9 @@ def model_config(config: ConfigDict, vocab_size: int, *, base: bool = False) -> 
         mlp=config.model.mlp,
         learned_positions=config.context if config.model.positions == "learned" else 0,
         base_depth=config.base.depth,
+        dtype=config.dtype,
+        attention=attention,
+        remat=config.remat,
     )
 
 
@@ -154,12 +181,14 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(
             f"config.model.positions={config.model.positions!r}: choose of {POSITIONS}"
         )
+    if config.dtype not in DTYPES:
+        raise ValueError(f"config.dtype={config.dtype!r}: choose of {DTYPES}")
     for base in (False, True):
         model_config(config, vocab_size=1, base=base)
-    for key in ("context", "batch_size", "eval_batches"):
+    for key in ("context", "batch_size", "eval_batches", "microbatches"):
         if config[key] <= 0:
             raise ValueError(f"config.{key}={config[key]}: give a positive value")
-    for key in ("clip_norm", "checkpoint_every", "eval_every"):
+    for key in ("clip_norm", "checkpoint_every", "eval_every", "health_every"):
         if config[key] < 0:
             raise ValueError(f"config.{key}={config[key]}: give a positive value, or 0 for none")
     if not 0 <= config.seed < 2**31:
@@ -180,9 +209,18 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
+def without_machine(config: ConfigDict) -> ConfigDict:
+    """A copy in which all `MACHINE_KEYS` have their defaults."""
+    same, defaults = copy.deepcopy(config), default_config()
+    for key in MACHINE_KEYS:
+        if key in same:
+            same[key] = defaults[key]
+    return same
+
+
 def identity(config: ConfigDict) -> str:
-    """A name for the run with this configuration: 12 hexadecimal digits."""
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+    """A name for the run with this configuration, on any machine: 12 hexadecimal digits."""
+    return hashlib.sha256(to_json(without_machine(config)).encode()).hexdigest()[:12]
 
 
 def program_identity(config: ConfigDict) -> str:

@@ -17,11 +17,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
-from mup_jax.models.llama import Llama, LlamaConfig, roles
+from mup_jax.models.llama import Llama, LlamaConfig, layer_groups, roles, shard
+from mup_jax.models.sharding import place
 from mup_jax.optimizers import OPTIMIZERS
 from mup_jax.training.config import epsilons_of, model_config, program_identity, steps_of
 from mup_jax.training.flops import count_flops
+from mup_jax.training.mesh import batch_sharding
 from mup_jax.transfer import infer_shapes
+from mup_jax.transforms.health import preconditioner_health
 
 # Blocks are stacked: (layers, d_in, d_out).
 WEIGHT_DIMENSION_NUMBERS = MuonDimensionNumbers(-2, -1)
@@ -33,6 +36,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: jax.Array
+    skipped: jax.Array  # int32: steps so far whose gradient was not finite
 
 
 class Hyperparameters(NamedTuple):
@@ -62,8 +66,11 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Mean over all B·T positions, in nats per token."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
+    """Mean over all B·T positions, in nats per token; the vocabulary may be divided over a mesh."""
+    # A sum, where Optax gathers from the vocabulary: it runs over devices as well.
+    classes_V = place(jnp.arange(logits_BTV.shape[-1]), "vocab")
+    of_target_BTV = jnp.where(targets_BT[..., None] == classes_V, logits_BTV, 0.0)
+    return (jax.nn.logsumexp(logits_BTV, axis=-1) - of_target_BTV.sum(axis=-1)).mean()
 
 
 class Program:
@@ -73,14 +80,18 @@ class Program:
       mesh: that mesh.
       model: the Llama's configuration.
       steps: optimizer steps of the whole run.
+      schedule: of the learning rate; see `make_schedule`.
+      batch_sharding: of a batch's arrays `(B, T)`.
       shapes: tree of ParamShape of the parameters.
     """
 
     def __init__(self, config: ConfigDict, vocab_size: int):
         self.config = config
         self.mesh = jax.sharding.get_mesh()
-        self.model = model_config(config, vocab_size)
+        platform = self.mesh.devices.flat[0].platform
+        self.model = model_config(config, vocab_size, platform=platform)
         self.steps = steps_of(config)
+        self.schedule = make_schedule(config)
         base = model_config(config, vocab_size, base=True)
         self._graphdef, params = _abstract_model(self.model)
         self.shapes = infer_shapes(
@@ -90,8 +101,10 @@ class Program:
             depth_ratio=self.model.depth / base.depth,
             roles=roles,
         )
-        self.loss_and_gradient = jax.jit(jax.value_and_grad(self.loss))
+        self.batch_sharding = batch_sharding(config)
+        self.loss_and_gradient = jax.jit(self._loss_and_gradient)
         self.evaluate = jax.jit(self._evaluate)
+        self.health = jax.jit(preconditioner_health)
         self.features = jax.jit(lambda params, inputs: self._merge(params).features(inputs))
 
     @property
@@ -111,8 +124,14 @@ class Program:
         return jax.jit(self._init, out_shardings=shardings)
 
     @functools.cached_property
+    def begin(self) -> Any:
+        """`params -> state` at the first step."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(self._begin, out_shardings=shardings)
+
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Parameters are replicated; the optimizer divides its state as it wants it."""
+        """Parameters as `models.sharding` lays them out; the optimizer divides its own state."""
 
         def placed(x: Any) -> jax.ShapeDtypeStruct:
             spec = PartitionSpec() if x.sharding is None else x.sharding.spec
@@ -120,10 +139,6 @@ class Program:
 
         with jax.set_mesh(self.mesh):
             return jax.tree.map(placed, jax.eval_shape(self._init, 0))
-
-    @property
-    def batch_sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec("data"))
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -134,10 +149,14 @@ class Program:
     @functools.cached_property
     def optimizer_flops(self) -> float:
         """Matrix operations of the optimizer per step."""
+        return self.count_optimizer_flops()
+
+    def count_optimizer_flops(self, **options: Any) -> float:
+        """Matrix operations of the optimizer per step, with options of `count_flops`."""
         state = self.abstract_state
         update = functools.partial(self._update, Hyperparameters(1.0, 0.0))
         with jax.set_mesh(self.mesh):
-            return count_flops(update, state.params, state, self.abstract_batch)
+            return count_flops(update, state.params, state, self.abstract_batch, **options)
 
     def _merge(self, params: Any) -> Llama:
         return nnx.merge(self._graphdef, params)
@@ -156,7 +175,7 @@ class Program:
         optimizer = make(
             hyperparameters.learning_rate,
             weight_decay=hyperparameters.weight_decay,
-            schedule=make_schedule(self.config),
+            schedule=self.schedule,
             shapes=self.shapes,
             **options,
         )
@@ -166,9 +185,12 @@ class Program:
 
     def _init(self, seed: jax.Array) -> TrainState:
         model = Llama(self.model, rngs=nnx.Rngs(jax.random.key(seed)))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        params = shard(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        return self._begin(params)
+
+    def _begin(self, params: Any) -> TrainState:
         opt_state = self.optimizer(Hyperparameters(1.0, 0.0)).init(params)
-        return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+        return TrainState(params, opt_state, *jnp.zeros((2,), jnp.int32))
 
     def loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         """In nats per token."""
@@ -194,20 +216,49 @@ class Program:
             logits_fn=lambda params: self._merge(params)(batch["inputs"]),
         )
 
+    def _loss_and_gradient(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        """Means over the batch, of which one part after the other is in memory."""
+        loss_and_gradient = jax.value_and_grad(self.loss)
+        n = self.config.microbatches
+        if n == 1:
+            return loss_and_gradient(params, batch)
+
+        def part(x: jax.Array) -> jax.Array:
+            # Every n-th row: each device has its share of every part.
+            return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
+
+        def add(total: Any, microbatch: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, loss_and_gradient(params, microbatch)), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        total, _ = jax.lax.scan(add, zero, jax.tree.map(part, batch))
+        return jax.tree.map(lambda x: x / n, total)
+
     def _step(
         self, state: TrainState, batch: dict[str, jax.Array], hyperparameters: Hyperparameters
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradient = jax.value_and_grad(self.loss)(state.params, batch)
+        loss, gradient = self._loss_and_gradient(state.params, batch)
         updates, opt_state = self._update(hyperparameters, gradient, state, batch)
         params = optax.apply_updates(state.params, updates)
+        norms = {"gradient_norm": group_norms(gradient), "update_norm": group_norms(updates)}
+        # What is not finite would stay in moments and preconditioners for good.
+        healthy = jnp.isfinite(norms["gradient_norm"]["all"]) & jnp.isfinite(loss)
+        params, opt_state = jax.tree.map(
+            functools.partial(jnp.where, healthy),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        norms["parameter_norm"] = group_norms(params)
+        skipped = state.skipped + ~healthy
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(gradient),
-            "update_norm": optax.tree.norm(updates),
-            "parameter_norm": optax.tree.norm(params),
-            "nonfinite": _nonfinite(opt_state),
+            **{name: norm.pop("all") for name, norm in norms.items()},
+            **{f"{name}/{group}": x for name, norm in norms.items() for group, x in norm.items()},
+            "learning_rate": hyperparameters.learning_rate
+            * self.schedule(state.step - state.skipped),
+            "skipped": skipped,
         }
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, skipped), metrics
 
     def _evaluate(self, params: Any, batches: dict[str, jax.Array]) -> jax.Array:
         """Mean loss over stacked batches `(N, B, T)`."""
@@ -215,10 +266,15 @@ class Program:
         return losses.mean()
 
 
-def _nonfinite(opt_state: optax.OptState) -> jax.Array:
-    """Matrices of gradients that the optimizer has skipped so far."""
-    counters = [count for _, count in optax.tree.get_all_with_path(opt_state, "nonfinite")]
-    return sum(counters, jnp.zeros((), jnp.int32))
+def group_norms(tree: Any) -> dict[str, jax.Array]:
+    """Euclidean norms of a tree like a Llama's parameters: of "all", and of each `layer_groups`."""
+    groups = layer_groups(tree)
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)]
+    names = jax.tree.leaves(groups)
+    total = {"all": sum(squares)}
+    for name, square in zip(names, squares, strict=True):
+        total[name] = total.get(name, 0.0) + square
+    return {name: jnp.sqrt(square) for name, square in total.items()}
 
 
 def make_program(config: ConfigDict, vocab_size: int) -> Program:

@@ -22,12 +22,11 @@ def run_record(
 ) -> dict[str, Any]:
     """Sizes, losses, FLOPs and provenance of a run, from its configuration and metrics.
 
-    Losses are in nats per token. The validation loss is None where the training loss was not finite
-    at some step; FLOPs are those of the whole run.
+    Losses are in nats per token. The validation loss is None where the run gave up, or where it is
+    not finite; FLOPs are those of the whole run.
     """
     n_tokens = program.steps * config.batch_size * config.context
     forward_flops = forward_flops_per_token(program.model, config.context)
-    diverged = any(line["loss"] is None for line in lines)
     stride = -(-len(lines) // _LOSS_CURVE_POINTS)
     changes = [line["feature_change_rms"] for line in lines if "feature_change_rms" in line]
     return {
@@ -41,7 +40,8 @@ def run_record(
         "learning_rate": config.optimizer.learning_rate,
         "weight_decay": config.optimizer.weight_decay,
         "seed": config.seed,
-        "validation_loss": None if diverged else lines[-1]["validation_loss"],
+        "validation_loss": lines[-1].get("validation_loss"),
+        "skipped_steps": lines[-1]["skipped"],
         "loss_curve": [[line["step"], line["loss"]] for line in lines[::stride]],
         "coordinate_check": {"feature_change_rms": changes[0]} if changes else None,
         "flops": {

@@ -66,7 +66,7 @@ def run_made_up(run, monkeypatch):
 
 
 def test_files(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(coord_check, "data_parallel_mesh", lambda batch_size: mesh_of(1))
+    monkeypatch.setattr(coord_check, "make_mesh", lambda config: mesh_of(1))
     # Nothing passes at this tolerance.
     assert run("--config.tolerance=1e-9") == 1
     lines = capsys.readouterr().out.splitlines()
@@ -156,7 +156,7 @@ def test_presets(preset, vary):
         ("sizes=(8,12)", "width=12 is not a multiple of head_dim=8"),
         ("sizes=(8,)", "sizes=(8,): give at least two"),
         ("steps=0", "steps=0"),
-        ("train.batch_size=12", "config.batch_size=12 cannot be divided over 8 devices"),
+        ("train.batch_size=12", "config.batch_size=12 cannot be divided over data * fsdp = 8"),
         ("optimizers.AdamW.name=adam", "unknown optimizer 'adam'"),
     ],
 )

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import command, train
-from mup_jax.training import checkpoint
+from mup_jax.training import Preempted, checkpoint
 from mup_jax.training.config import to_json
 from mup_jax.training.loop import claim_workdir
+from mup_jax.training.throughput import Progress
 from tests.training.tiny import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,12 @@ def get_config():
 
 
 def entry_point():
-    command.run(train.main, config=str(ROOT / "configs" / "tiny.py"), workdir="unused")
+    command.run(
+        train.main,
+        config=str(ROOT / "configs" / "tiny.py"),
+        workdir="unused",
+        define_flags=train.define_flags,
+    )
 
 
 @pytest.fixture
@@ -55,10 +61,11 @@ def fail(run_command, config_file, capsys):
         ("--config.model.width=33", "width=33 is not a multiple of head_dim=8: choose width 32 or"),
         ("--config.optimizer.name=adam", "unknown optimizer 'adam': choose one of adamw, muon"),
         ("--config.tokens=5", "config.tokens=5 is less than one batch of 128 tokens"),
-        ("--config.batch_size=4", "config.batch_size=4 cannot be divided over 8 devices"),
+        ("--config.batch_size=4", "config.batch_size=4 cannot be divided over data * fsdp = 8"),
         ("--config.data.source=nowhere", "unknown text source 'nowhere'"),
         ("--config=nowhere.py", "nowhere.py"),
         ("--unknown=1", "unknown"),
+        ("--profile=5", "--profile=5: give the first and the last step, like 100:105"),
     ],
 )
 def test_bad_flags_leave_no_workdir(fail, tmp_path, argument, message):
@@ -85,9 +92,9 @@ def test_damaged_checkpoint(fail, tmp_path):
     checkpoints.close()
     (workdir / "checkpoints" / "10" / "state" / "manifest.ocdbt").write_bytes(b"")
     error = fail(f"--workdir={workdir}")
-    assert f"the checkpoint in {workdir / 'checkpoints' / '10'} is damaged" in error
-    assert "delete that folder to go on from the beginning" in error
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "config.json"]
+    assert f"no checkpoint in {workdir / 'checkpoints'} is whole" in error
+    assert f"delete {workdir} to begin again" in error
+    assert not (workdir / "damaged").exists()
 
 
 def test_workdir_is_a_file(fail, tmp_path):
@@ -102,16 +109,30 @@ def test_workdir_is_a_file(fail, tmp_path):
 def test_output(run_command, config_file, tmp_path, monkeypatch, capsys, loss, outcome):
     calls = []
 
-    def fake_train(config, workdir, on_progress):
-        calls.append((json.loads(to_json(config)), workdir))
-        on_progress(16, 40, 4.25)
+    def fake_train(config, workdir, on_progress, *, observers, profile):
+        calls.append((json.loads(to_json(config)), workdir, observers, profile))
+        on_progress(Progress(16, 40, 4.25, 12345.6, mfu=0.5))
+        on_progress(Progress(32, 40, None, 12345.6, mfu=None))
         return {"validation_loss": loss, "parameters": 1234, "tokens": 5678}
 
     monkeypatch.setattr(train, "train", fake_train)
     arguments = [f"--config={config_file}", f"--workdir={tmp_path}", "--config.seed=3"]
-    assert run_command(entry_point, *arguments) == 0
-    progress, summary, files = capsys.readouterr().out.splitlines()
-    assert progress == "step 16/40  loss 4.2500  0 s"
+    assert run_command(entry_point, *arguments, "--profile=5:7") == 0
+    progress, lost, summary, files = capsys.readouterr().out.splitlines()
+    assert progress == "step 16/40  loss 4.2500  12,346 tokens/s  MFU 50.0%"
+    assert lost == "step 32/40  loss not finite  12,346 tokens/s"
     assert summary == f"1,234 parameters, 5,678 tokens: {outcome}"
     assert files.endswith(str(tmp_path))
-    assert calls == [(json.loads(to_json(tiny_config(seed=3))), str(tmp_path))]
+    assert calls == [(json.loads(to_json(tiny_config(seed=3))), tmp_path, [], range(5, 8))]
+
+
+def test_preemption(run_command, config_file, tmp_path, monkeypatch, capsys):
+    def preempted(*args, **options):
+        raise Preempted("asked to stop: step 3 of 40 is saved")
+
+    monkeypatch.setattr(train, "train", preempted)
+    arguments = [f"--config={config_file}", f"--workdir={tmp_path}"]
+    assert run_command(entry_point, *arguments) == 143
+    assert capsys.readouterr().err == (
+        "asked to stop: step 3 of 40 is saved: the same command goes on from there\n"
+    )

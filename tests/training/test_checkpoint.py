@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mup_jax.training import CheckpointError
-from mup_jax.training.checkpoint import Checkpoints
+from mup_jax.training.checkpoint import Checkpoints, set_damaged_aside
 from tests.training.tiny import mesh_of, program_of, trained
 
 FLIPS_PER_FILE = 5
@@ -145,30 +145,46 @@ def damage(path):
     path.write_bytes(contents)
 
 
-def test_damage_is_refused_and_nothing_deleted(copied):
-    files = [p for p in files_of(copied / "20") if p.name != "digests.json" and p.stat().st_size]
-    assert len(files) > 5
-    for path in files:
-        for _ in damage(path):
-            before = files_of(copied)
-            with pytest.raises(CheckpointError) as raised:
-                restore(copied)
-            message = str(raised.value)
-            assert str(copied / "20") in message
-            assert path.name in message
-            assert message.endswith("delete that folder to go on from step 10")
-            assert "\n" not in message
-            assert files_of(copied) == before
-    assert restore(copied)[0].step == 20
+def test_damage_is_found_and_the_checkpoint_before_is_used(saved, folder, caplog):
+    names = [path.relative_to(saved / "20") for path in files_of(saved / "20")]
+    names = [n for n in names if n.name != "digests.json" and (saved / "20" / n).stat().st_size]
+    assert len(names) > 5
+    for name in names:
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
+        for _ in damage(folder / "20" / name):
+            caplog.clear()
+            damaged = [path.read_bytes() for path in files_of(folder / "20")]
+            set_damaged_aside(folder)
+            assert [path.name for path in folder.iterdir()] == ["10"]
+            (warning,) = caplog.messages
+            assert f"the checkpoint of step 20 is damaged ({name.as_posix()}" in warning
+            (aside,) = (folder.parent / "damaged").iterdir()
+            assert str(aside) in warning
+            assert [path.read_bytes() for path in files_of(aside)] == damaged
+            aside.rename(folder / "20")
+    assert restore(folder)[0].step == 20
 
 
-def test_damaged_digests_are_refused_and_missing_ones_are_not(copied):
+def test_damaged_digests_are_damage(copied):
     digests = copied / "20" / "digests.json"
     digests.write_text(digests.read_text()[:-3])
-    with pytest.raises(CheckpointError, match=r"digests\.json"):
-        restore(copied)
-    digests.unlink()
+    assert restore(copied)[0].step == 10
+
+
+def test_a_checkpoint_without_digests_is_used(copied):
+    # The run was killed in the moment after it was complete.
+    (copied / "20" / "digests.json").unlink()
     assert restore(copied)[0].step == 20
+
+
+def test_when_all_are_damaged_the_run_stops(copied):
+    for step in ("10", "20"):
+        (copied / step / "state" / "manifest.ocdbt").write_bytes(b"")
+    before = files_of(copied)
+    for _ in range(2):  # each time: a new beginning would overwrite what is left
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(20: state/mani"):
+            restore(copied)
+    assert files_of(copied) == before
 
 
 def test_another_model(copied):

@@ -1,4 +1,5 @@
 import json
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -21,13 +22,13 @@ def test_lines_lag_behind_and_flush_writes_them(path):
         writer.add(step, loss=jnp.float32(step))
     assert writer.lines == []
     writer.add(33, loss=jnp.float32(33))
-    assert writer.lines == [{"step": 1, "loss": 1.0}]
+    assert writer.lines == [{"step": 1, "loss": 1.0, "seconds": 0.0}]
     writer.flush()
     assert [line["step"] for line in writer.lines] == list(range(1, 34))
     assert read_lines(path) == writer.lines
     writer.add(34, loss=0.5)
     writer.close()
-    assert read_lines(path)[-1] == {"step": 34, "loss": 0.5}
+    assert read_lines(path)[-1] == {"step": 34, "loss": 0.5, "seconds": 0.0}
 
 
 def test_values(path):
@@ -48,6 +49,7 @@ def test_values(path):
         "c": float(jnp.float32(0.1)),
         "d": None,
         "e": 7,
+        "seconds": 0.0,
     }
     assert isinstance(line["e"], int)
     assert finite_or_none(2) == 2.0
@@ -66,8 +68,21 @@ def test_going_on_drops_what_is_beyond_the_checkpoint(path):
     assert steps_in(path) == [1, 2, 3]
     writer.add(4, loss=-4.0)
     writer.close()
-    assert read_lines(path)[2:] == [{"step": 3, "loss": 3.0}, {"step": 4, "loss": -4.0}]
+    assert [line["loss"] for line in read_lines(path)[2:]] == [3.0, -4.0]
     assert writer.lines == read_lines(path)
+
+
+def test_the_clock_goes_on(path):
+    write_steps(path, 2)
+    path.write_text(path.read_text().replace('"seconds": 0.0', '"seconds": 100.0'))
+    writer = MetricsWriter(path, last_step=2)
+    assert writer.seconds == 100.0
+    writer.start()
+    writer.add(3, loss=3.0)
+    time.sleep(0.01)
+    writer.close()
+    # When the device had it, not when it was asked to.
+    assert 100.01 <= writer.lines[-1]["seconds"] <= writer.seconds < 110
 
 
 def test_a_new_run_drops_all(path):

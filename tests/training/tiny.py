@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mup_jax.training import default_config
+from mup_jax.training.mesh import AXES
 from mup_jax.training.program import Hyperparameters, Program, make_program
 
 VOCABULARY = 96
@@ -30,7 +31,7 @@ def tiny_config(**changes: object) -> ConfigDict:
 
 @functools.cache
 def mesh_of(devices: int) -> jax.sharding.Mesh:
-    return jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    return jax.make_mesh((devices, 1, 1), AXES, devices=jax.devices()[:devices])
 
 
 def program_of(devices: int, **changes: object) -> Program:
