@@ -10,7 +10,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from experiments.ladder.plan import default_ladder
+from experiments.ladder.plan import default_ladder, default_optimizer
 
 
 def get_config() -> ConfigDict:
@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
     }
     config.optimizers = {
         name: {
+            **default_optimizer(),
             "learning_rates": (8e-3, 1.6e-2, 3.2e-2),
-            "weight_decay": 0.0,
             "options": ConfigDict(chosen),
         }
         for name, chosen in options.items()

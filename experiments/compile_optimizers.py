@@ -10,10 +10,8 @@ eigendecomposition is left, which TPUs compile for minutes. XLA counts the body 
 the iterations of a root or a basis are not all in the FLOPs.
 """
 
-import collections
 import json
 import math
-import os
 import pathlib
 import re
 import time
@@ -22,10 +20,10 @@ from typing import Any
 import jax
 from absl import app, flags
 from flax import nnx
-from jax.experimental import topologies
 from optax.contrib import MuonDimensionNumbers
 
 import mup_jax
+from experiments.topologies import count_collectives, tpu_slice
 from mup_jax.models.llama import Llama, LlamaConfig, roles
 from mup_jax.optimizers import OPTIMIZERS
 
@@ -37,23 +35,6 @@ NAMES = flags.DEFINE_list("optimizers", ["adamw", "muon", "adamuon", "shampoo", 
 OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
 STACKED = MuonDimensionNumbers(-2, -1)
-COLLECTIVES = "all-to-all|all-gather|all-reduce|collective-permute|reduce-scatter"
-
-
-def make_mesh(topology: str) -> jax.sharding.Mesh:
-    """A mesh ("data", "model") over the slice.
-
-    Raises:
-      ValueError: a topology that is not like "v5e:4x4".
-    """
-    if not re.fullmatch(r"v5e:\d+x\d+", topology):
-        raise ValueError(f"--topology={topology}: give one like v5e:4x4")
-    rows, columns = map(int, topology.split(":")[1].split("x"))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"v5litepod-{rows * columns}")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    return jax.make_mesh((rows, columns), ("data", "model"), devices=devices)
 
 
 def parameters(width: int) -> Any:
@@ -99,9 +80,6 @@ def compile_update(name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     text = compiled.as_text()
     if memory is None or costs is None or text is None:
         raise RuntimeError("this compiler reports no memory, costs or text")
-    found = collections.Counter(
-        operation for operation, _ in re.findall(rf" ({COLLECTIVES})(-start)?\(", text)
-    )
     part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return {
         "compile_seconds": seconds,
@@ -110,7 +88,7 @@ def compile_update(name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "temporary_gigabytes": memory.temp_size_in_bytes / 1e9,
         "code_megabytes": memory.generated_code_size_in_bytes / 1e6,
         "gflops": costs.get("flops", 0.0) / 1e9,
-        "collectives": dict(sorted(found.items())),
+        "collectives": count_collectives(text),
     }
 
 
@@ -134,7 +112,8 @@ def main(_: list[str]) -> None:
     unknown = set(NAMES.value) - set(OPTIMIZERS)
     if unknown:
         raise app.UsageError(f"--optimizers: choose from {', '.join(OPTIMIZERS)}, not {unknown}")
-    mesh = make_mesh(TOPOLOGY.value)
+    tpu = tpu_slice(TOPOLOGY.value)
+    mesh = jax.make_mesh(tpu.sizes, ("data", "model"), devices=tpu.devices)
     print(
         f"{TOPOLOGY.value}, a Llama of {LAYERS.value} layers with D = {WIDTH.value}; "
         f"per device, jax {jax.__version__}\n"

@@ -1,24 +1,30 @@
 """How much compute does each optimizer save over AdamW, and does the tuned learning rate transfer?
 
-    python -m experiments.scale_ladder --config=configs/ladder_cpu.py --workdir=DIR [--mode=MODE]
+    python -m experiments.scale_ladder --config=configs/ladder_cpu.py --workdir=DIR
+        [--mode=MODE] [--launcher=LAUNCHER] [--topology=TOPOLOGY]
 
 MODE is "run" (default: run what is missing, then report), "plan" (print the cells), "status" or
-"report" (of what has finished). Every cell is trained once; started again, a ladder goes on where
-it was interrupted. DIR ends with results.jsonl, report.json, report.md and figures.
+"report" (of what has finished). With a TOPOLOGY like v5e:8x8 a plan also compiles every rung for
+that TPU slice, which need not be there (JAX_PLATFORMS=cpu, and libtpu from `pip install
+'jax[tpu]'`), and says which fit and with which mesh. LAUNCHER is "local" (default: processes of
+this machine) or "ray" (tasks of a Ray cluster, whose nodes share the file system of DIR). Every
+cell is trained once; started again, a ladder goes on where it was interrupted. DIR ends with
+results.jsonl, report.json, report.md and figures.
 """
 
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from experiments import command
-from experiments.cells.cell import FinishedCells
-from experiments.cells.run import run_cells
-from experiments.ladder.plan import Ladder, default_ladder, describe
+from experiments.cells.cell import FinishedCells, without_machine
+from experiments.cells.run import LAUNCHERS, run_cells
+from experiments.ladder.fit import fit, heading, line
+from experiments.ladder.plan import Ladder, describe
 from experiments.ladder.report import write_report
 from experiments.ladder.schedule import missing_tasks, work_of
+from experiments.topologies import tpu_slice
 from mup_jax.training import claim_workdir
 
 
@@ -27,10 +33,10 @@ def main(flags: Any) -> None:
     workdir = Path(flags.workdir).absolute()
     if flags.mode == "plan":
         print(describe(ladder))
+        if flags.topology:
+            _print_fit(ladder, flags.topology)
         return
-    # Which machine runs a cell does not change its result.
-    machine = {"workers": default_ladder().workers, "platform": default_ladder().platform}
-    claim_workdir(workdir, ConfigDict({**flags.config, **machine}))
+    claim_workdir(workdir, without_machine(flags.config))
     if flags.mode == "status":
         results = FinishedCells(workdir)()
         tasks = missing_tasks(ladder, results)
@@ -38,13 +44,22 @@ def main(flags: Any) -> None:
         return
     if flags.mode == "run":
         print(describe(ladder), flush=True)
-        run_cells(work_of(ladder), workdir)
+        run_cells(work_of(ladder), workdir, flags.launcher)
     print(write_report(FinishedCells(workdir)(), workdir))
     print(f"report.md, report.json, results.jsonl and figures are in {flags.workdir}")
 
 
+def _print_fit(ladder: Ladder, topology: str) -> None:
+    tpu = tpu_slice(topology)
+    print(f"\n{heading(topology, tpu)}")
+    for row in fit(ladder, tpu):
+        print(line(row), flush=True)
+
+
 def define_flags() -> None:
     flags.DEFINE_enum("mode", "run", ["run", "plan", "status", "report"], "What to do.")
+    flags.DEFINE_string("topology", "", "TPU slice to plan for, like v5e:8x8.")
+    flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Training runs (cells) by the hundred, each run once, on the next free worker of this machine."""
+"""Training runs (cells) by the hundred, each run once, on the next free worker of a launcher."""

@@ -1,5 +1,6 @@
 """What is to be run, in plain data."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mup_jax.training import identity
+from mup_jax.training import config as config_lib
+
+# Of JAX; empty for its own choice.
+PLATFORMS = ("", "cpu", "gpu", "cuda", "rocm", "tpu")
 
 # Cell name -> its result.
 Results = dict[str, dict[str, Any]]
@@ -32,7 +36,7 @@ class Cell:
     @cached_property
     def name(self) -> str:
         """The name of its folder: equal for equal configurations."""
-        return identity(self.config)
+        return config_lib.identity(self.config)
 
 
 class Task(NamedTuple):
@@ -54,7 +58,7 @@ class Work:
         run yet.
       flops: of one cell of each size.
       workers: processes side by side, each with one core where `platform` is "cpu".
-      platform: of JAX; empty for its own choice.
+      platform: one of `PLATFORMS`.
     """
 
     missing_tasks: Callable[[Results], list[Task]]
@@ -64,13 +68,19 @@ class Work:
     platform: str
 
 
+def without_machine(config: ConfigDict) -> ConfigDict:
+    """A copy of what is to be run, without what says where: that does not change its results."""
+    same = copy.deepcopy(config)
+    same.update(workers=1, platform="", train=config_lib.without_machine(config.train))
+    return same
+
+
 def check_workers(workers: int, platform: str) -> None:
-    """Raises ValueError where processes would fight over an accelerator."""
-    if workers < 1 or (workers > 1 and platform != "cpu"):
-        raise ValueError(
-            f"config.workers={workers} with platform={platform!r}: several workers share a machine "
-            "on platform 'cpu' only"
-        )
+    """Raises ValueError where no launcher could start these workers."""
+    if workers < 1:
+        raise ValueError(f"config.workers={workers}: give at least one")
+    if platform not in PLATFORMS:
+        raise ValueError(f"config.platform={platform!r}: choose of {PLATFORMS}")
 
 
 class FinishedCells:

@@ -33,12 +33,12 @@ def default_ladder() -> ConfigDict:
 
     `widths` ascend; the first is the base, where each optimizer's learning rate is tuned on its
     `learning_rates` (powers of two apart; the grid extends itself while the best is at an edge, at
-    most `max_extensions` times). `checks` are factors of the transferred learning rate tried with
+    most `max_extensions` times), and its warm-up is `warmup_tokens` at every rung, None for that of
+    `train`. `checks` are factors of the transferred learning rate tried with
     the first seed at the second rung, to see whether the optimum moved. All cells are `train` but
     for model, tokens, optimizer and seed. `workers` processes run side by side, each with one core
     where `platform` is "cpu"; an empty platform is JAX's choice.
     """
-    optimizer = {"learning_rates": (1e-2,), "weight_decay": 0.0, "options": ConfigDict()}
     return ConfigDict(
         {
             "train": default_config(),
@@ -46,11 +46,23 @@ def default_ladder() -> ConfigDict:
             "depth": 2,
             "tokens_per_parameter": 8.0,
             "seeds": (0, 1),
-            "optimizers": {"adamw": optimizer},
+            "optimizers": {"adamw": default_optimizer()},
             "checks": (0.5, 2.0),
             "max_extensions": 4,
             "workers": 1,
             "platform": "",
+        }
+    )
+
+
+def default_optimizer() -> ConfigDict:
+    """Every key of one of a ladder's optimizers."""
+    return ConfigDict(
+        {
+            "learning_rates": (1e-2,),
+            "weight_decay": 0.0,
+            "warmup_tokens": None,
+            "options": ConfigDict(),
         }
     )
 
@@ -63,6 +75,11 @@ def rung_name(width: int) -> str:
 class Ladder:
     """The rungs and cells of a configuration.
 
+    Attributes:
+      config: the configuration.
+      vocab_size: of its models.
+      rungs: ascending.
+
     Raises:
       ValueError: the configuration is not one of a ladder, or a cell of it would not train.
     """
@@ -70,8 +87,8 @@ class Ladder:
     def __init__(self, config: ConfigDict):
         self.config = config
         self._check()
-        vocab_size = data.make_tokenizer(config.train.data.tokenizer).vocab_size
-        self.rungs = [self._rung(width, vocab_size) for width in config.widths]
+        self.vocab_size = data.vocab_size(config.train.data.source, config.train.data.tokenizer)
+        self.rungs = [self._rung(width) for width in config.widths]
         for rung in self.rungs:
             for optimizer in config.optimizers:
                 rate = config.optimizers[optimizer].learning_rates[0]
@@ -89,6 +106,8 @@ class Ladder:
         config.tokens = rung.tokens
         config.model.width, config.model.depth = rung.width, rung.depth
         config.base.width, config.base.depth = self.config.widths[0], self.config.depth
+        if settings.warmup_tokens is not None:
+            config.warmup_tokens = settings.warmup_tokens
         config.optimizer = {
             "name": optimizer,
             "learning_rate": learning_rate,
@@ -127,7 +146,7 @@ class Ladder:
                 raise ValueError(f"missing key config.{key}: see experiments/ladder/plan.py")
         for name, settings in config.optimizers.items():
             config_lib.check_optimizer(name, settings.options)
-            config_lib.check_keys(settings, defaults.optimizers.adamw, f"config.optimizers.{name}")
+            config_lib.check_keys(settings, default_optimizer(), f"config.optimizers.{name}")
             rates = list(settings.learning_rates)
             if not rates or rates != sorted(rates) or rates[0] <= 0:
                 raise ValueError(
@@ -146,10 +165,10 @@ class Ladder:
             )
         check_workers(config.workers, config.platform)
 
-    def _rung(self, width: int, vocab_size: int) -> Rung:
+    def _rung(self, width: int) -> Rung:
         config = copy.deepcopy(self.config.train)
         config.model.width, config.model.depth = width, self.config.depth
-        model = config_lib.model_config(config, vocab_size)
+        model = config_lib.model_config(config, self.vocab_size)
         parameters = num_parameters(model)
         per_step = config.batch_size * config.context
         config.tokens = int(self.config.tokens_per_parameter * parameters)

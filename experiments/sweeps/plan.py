@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -203,9 +203,3 @@ def describe(sweep: Sweep) -> str:
     for curve in sweep.curves:
         lines.append(f"{curve.name}: {config.swept} {sweep.value(curve, 0):g}")
     return "\n".join(lines)
-
-
-def plain(config: ConfigDict) -> dict[str, Any]:
-    """What decides on the results: which machine runs a cell does not."""
-    machine = {"workers": default_sweep().workers, "platform": default_sweep().platform}
-    return {**config.to_dict(), **machine}

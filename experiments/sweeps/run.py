@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from experiments import command
-from experiments.cells.cell import Results
-from experiments.cells.run import run_cells
-from experiments.sweeps.plan import Sweep, describe, plain
+from experiments.cells.cell import Results, without_machine
+from experiments.cells.run import LAUNCHERS, run_cells
+from experiments.sweeps.plan import Sweep, describe
 from experiments.sweeps.schedule import needed_cells, work_of
 from mup_jax.analysis.sweep_figure import write_sweep_figure
 from mup_jax.analysis.sweeps import add_summaries, finding, markdown
@@ -30,8 +30,8 @@ def main(name: str, title: str) -> None:
         if flags.mode == "plan":
             return
         workdir = Path(flags.workdir).absolute()
-        claim_workdir(workdir, ConfigDict(plain(flags.config)))
-        results = results_of(sweep, run_cells(work_of(sweep), workdir))
+        claim_workdir(workdir, without_machine(flags.config))
+        results = results_of(sweep, run_cells(work_of(sweep), workdir, flags.launcher))
         config = config_flags.get_config_filename(absl_flags.FLAGS["config"])
         write_report(results, workdir, title, f"python -m experiments.{name} --config={config}")
         print(finding(results))
@@ -47,6 +47,7 @@ def main(name: str, title: str) -> None:
 
 def _define_flags() -> None:
     absl_flags.DEFINE_enum("mode", "run", ["run", "plan"], "What to do.")
+    absl_flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
 
 
 def results_of(sweep: Sweep, finished: Results) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def results_of(sweep: Sweep, finished: Results) -> dict[str, Any]:
         "carried": sweep.config.carried.to_dict(),
         "curves": curves,
         **{key: any_result[key] for key in _PROVENANCE},
-        "config": plain(sweep.config),
+        "config": without_machine(sweep.config).to_dict(),
     }
     add_summaries(results)
     return results

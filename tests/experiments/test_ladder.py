@@ -12,7 +12,7 @@ import pytest
 
 from configs import ladder_cpu
 from experiments.cells.cell import FinishedCells
-from experiments.ladder.plan import Ladder, default_ladder, describe
+from experiments.ladder.plan import Ladder, default_ladder, default_optimizer, describe
 from experiments.ladder.report import write_report
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
 
@@ -28,8 +28,8 @@ def small_ladder(**changes):
     config.train.warmup_tokens = 3 * 128
     config.train.eval_batches = 4
     config.optimizers = {
-        "adamw": {"learning_rates": (4e-3, 8e-3), "weight_decay": 0.0, "options": {}},
-        "muon": {"learning_rates": (1e-2, 2e-2), "weight_decay": 0.0, "options": {}},
+        "adamw": {**default_optimizer(), "learning_rates": (4e-3, 8e-3)},
+        "muon": {**default_optimizer(), "learning_rates": (1e-2, 2e-2)},
     }
     config.max_extensions = 1
     for key, value in changes.items():
@@ -124,7 +124,7 @@ def test_tasks_appear_as_results_do():
         ({"widths": (8, 20)}, "20 is not a multiple of head_dim=8"),
         ({"seeds": ()}, "seeds"),
         ({"tokens_per_parameter": 0.0}, "tokens_per_parameter=0.0"),
-        ({"workers": 2}, "workers=2"),
+        ({"workers": 0}, "workers=0"),
     ],
 )
 def test_bad_ladders_are_refused_before_anything_runs(changes, message):

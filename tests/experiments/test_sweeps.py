@@ -179,7 +179,7 @@ def test_optimizers_have_the_names_of_the_paper():
         ({"swept": "epsilon"}, "epsilon=None: it is swept"),
         ({"step": 1.0}, "config.step=1.0: give at least 1.1"),
         ({"seeds": (0, 0)}, "seeds"),
-        ({"workers": 2}, "workers=2"),
+        ({"workers": 0}, "workers=0"),
         ({"curves": {}}, "config.curves is empty"),
         ({"curves": {"A": {"x": {**default_curve(), "parametrization": "ntk"}}}}, "'ntk'"),
         ({"curves": {"A": {"x": {**default_curve(), "optimiser": "sgd"}}}}, "mean 'optimizer'"),
@@ -210,6 +210,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow  # the ladder's own goes the same way
 def test_a_sweep_from_the_command_line(tmp_path):
     config, workdir = tmp_path / "sweep.py", tmp_path / "run"
     config.write_text(CONFIG_FILE)
