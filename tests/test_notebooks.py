@@ -18,6 +18,18 @@ SMALL = {
 }
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# One that trains is enough for a quick look.
+one_notebook = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[] if path.stem == "your_own_optimizer" else [pytest.mark.slow],
+        )
+        for path in NOTEBOOKS
+    ],
+)
 
 
 def stored(name):
@@ -44,7 +56,7 @@ def printed(notebook):
     return "\n".join(texts)
 
 
-@every_notebook
+@one_notebook
 def test_runs_from_top_to_bottom(path):
     small = execute(path, parameters=SMALL[path.stem].strip())
     of_full_run = stored(path.stem)

@@ -164,7 +164,7 @@ def test_after_mup_with_the_measured_rule_nothing_is_left_to_scale(name):
         assert list(again.epsilon_exponents.values()) == pytest.approx([0, 0, 0], abs=0.1)
 
 
-@pytest.mark.parametrize("exponent", and_slow([0.5], [0.25]))
+@pytest.mark.parametrize("exponent", and_slow([], [0.5, 0.25]))
 def test_blocks_that_do_not_divide_the_width_count_as_fractions(exponent):
     # Widths of 4.5, 8.5 and 16.5 blocks.
     widths = (36, 68, 132)

@@ -353,7 +353,13 @@ def examples_of(rng, shape):
     return x, rng.normal(size=(STEPS, EXAMPLES, shape.d_out)) / shape.d_out
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "soap, blocks" else [])
+        for name in MEASURED
+    ],
+)
 def test_measured_updates_are_flat_in_width(name):
     inner, rule = MEASURED[name]
     changes = {role: [] for role in ROLES}
