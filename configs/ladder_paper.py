@@ -5,8 +5,8 @@
     python -m experiments.scale_ladder --config=configs/ladder_paper.py --workdir=DIR
 
 Llamas of 32 layers, 20 tokens per parameter, each optimizer at the rate that was tuned at the
-smallest. For TPU pods: what of it fits where is shown by `--mode=plan --topology=v5e:8x8`. Not run
-yet; the losses to expect are 3.24, 3.01, 2.86, 2.68 with
+smallest. For TPU pods: what of it fits where is shown by `--mode=plan --topology=v5e:8x8`
+(results/ladder_paper_v5e_8x8.md). Not run yet; the losses to expect are 3.24, 3.01, 2.86, 2.68 with
 AdamW, 3.18, 2.96, 2.82, 2.64 with Muon, 3.18, 2.96, 2.83, 2.65 with Shampoo² and 3.18, 2.96, 2.83
 with SOAP.
 """

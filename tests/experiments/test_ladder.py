@@ -7,14 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 
-from configs import ladder_cpu
+from configs import ladder_cpu, ladder_paper
 from experiments.cells.cell import FinishedCells
+from experiments.ladder import fit
 from experiments.ladder.plan import Ladder, default_ladder, default_optimizer, describe
 from experiments.ladder.report import write_report
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
+from experiments.topologies import Slice
+from mup_jax.training.program import Program
 
 
 def small_ladder(**changes):
@@ -215,3 +220,93 @@ def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
 def test_a_report_needs_results(tmp_path):
     with pytest.raises(ValueError, match="run the ladder"):
         write_report({}, tmp_path)
+
+
+# arXiv 2512.05620, table 3.
+PUBLISHED = {
+    512: (185_680_896, 3_713_617_920, 28_332, 4.3204e18),
+    768: (379_184_640, 7_583_692_800, 57_858, 1.7814e19),
+    1024: (639_797_248, 12_795_944_960, 97_625, 5.0382e19),
+    1536: (1_362_349_056, 27_246_981_120, 207_877, 2.2675e20),
+}
+
+
+def test_the_ladder_of_the_paper():
+    ladder = Ladder(ladder_paper.get_config())
+    assert [rung.width for rung in ladder.rungs] == [*PUBLISHED]
+    for rung in ladder.rungs:
+        assert (rung.parameters, rung.tokens, rung.steps) == PUBLISHED[rung.width][:3]
+        assert rung.flops == pytest.approx(PUBLISHED[rung.width][3], rel=1e-4)
+    muon = ladder.cell(ladder.rungs[-1], "muon", 8e-3, 0).config
+    assert muon.warmup_tokens == 11_140_854
+    assert muon.optimizer.weight_decay * muon.base.width == pytest.approx(0.16384)
+    assert muon.optimizer.options.adam_learning_rate == pytest.approx(1.6 * 8e-3)
+    adamw = ladder.cell(ladder.rungs[-1], "adamw", 4e-3, 0).config
+    assert adamw.warmup_tokens == 742_723_584
+    assert adamw.optimizer.options.eps == 1e-20
+
+
+ROW = {
+    "rung": "w8", "optimizer": "muon", "parameters": 1234, "tokens": 5678, "remat": "dots",
+    "mesh": {"data": 1, "fsdp": 4, "tensor": 2}, "model_flops": 9e9, "optimizer_flops": 1e9,
+}  # fmt: skip
+
+
+def test_rows_of_a_plan_for_a_slice():
+    measured = {"state_gibibytes": 0.5, "gibibytes": 3.25, "collectives": {"all-reduce": 6}}
+    cells = fit.line(ROW | measured | {"fits": True}).strip("| ").split(" | ")
+    assert cells == [
+        "w8", "muon", "1,234", "5,678", "9.00e+09", "10.0%", "0.50", "3.2", "yes",
+        "fsdp 4 tensor 2", "products", "6 all-reduce",
+    ]  # fmt: skip
+    assert " | ? | ? | no | fsdp 4 tensor 2 | products |  |" in fit.line(ROW | {"fits": False})
+
+
+def test_arrangements_need_less_and_less_memory():
+    config = small_ladder().train
+    config.update(batch_size=8)
+    config.model.width = 24
+    tried = [(a.mesh.to_dict(), a.remat) for a in fit._arrangements(config, 16)]
+    divided = {"data": -1, "fsdp": 8, "tensor": 1}
+    assert tried == [(divided, "none"), (divided, "dots"), (divided, "full")]
+    config.mesh.update(data=2, tensor=4)
+    config.remat = "full"
+    assert [(a.mesh, a.remat) for a in fit._arrangements(config, 16)] == [(config.mesh, "full")]
+
+
+class Compiled:
+    """What is asked of a compiled program."""
+
+    def memory_analysis(self):
+        sizes = {f"{kind}_size_in_bytes": 2**30 for kind in ("argument", "output", "temp", "alias")}
+        return SimpleNamespace(**sizes, generated_code_size_in_bytes=0)
+
+    def as_text(self):
+        return "x = f32[] all-reduce(y)\n"
+
+
+@pytest.mark.parametrize("gigabytes", [1.5, 2.5])
+def test_what_does_not_fit_keeps_less(monkeypatch, gigabytes):
+    """On devices of this machine, with a compiler that at first finds no room."""
+    tried = []
+
+    def step(program):
+        tried.append(program.model.remat)
+        if program.model.remat == "none":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
+        return Compiled()
+
+    monkeypatch.setattr(Program, "step", property(step))
+    slice_ = Slice((2, 4), jax.devices(), gigabytes)
+    rows = list(fit.fit(Ladder(small_ladder(widths=(8, 16))), slice_))
+    assert [(row["rung"], row["optimizer"]) for row in rows] == [
+        ("w8", "adamw"), ("w8", "muon"), ("w16", "adamw"), ("w16", "muon"),
+    ]  # fmt: skip
+    fits = gigabytes > 2
+    assert tried[:3] == (["none", "dots", "none"] if fits else ["none", "dots", "full"])
+    for row in rows:
+        assert row["fits"] == fits
+        assert row["gibibytes"] == 2.0
+        assert row["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+        assert row["collectives"] == {"all-reduce": 1}
+        assert (row["optimizer_flops"] > 0) == (row["optimizer"] == "muon")

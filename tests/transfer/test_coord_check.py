@@ -107,6 +107,7 @@ def test_muon_fails_in_sp():
     assert "logits" in check.failed
 
 
+@pytest.mark.slow
 def test_depth():
     depths = (1, 2, 4)
     check = check_mlp(adam, depths, vary="depth", steps=5)
