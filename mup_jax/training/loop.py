@@ -84,10 +84,11 @@ def train(
 ) -> dict[str, Any]:
     """Trains one model and returns what there is to know of the run.
 
-    Writes to `workdir`: config.json, metrics.jsonl (a line per step), checkpoints/ and at the end
-    result.json. A finished run is not trained again; an interrupted one goes on from its last
-    checkpoint and ends with the same numbers. SIGTERM makes it save and leave. With several
-    processes, all call this with equal arguments and see the same `workdir`.
+    Writes to `workdir`: config.json, text.json (the text's fingerprint), metrics.jsonl (a line per
+    step), checkpoints/ and at the end result.json. A finished run is not trained again; an
+    interrupted one goes on from its last checkpoint and ends with the same numbers. SIGTERM makes
+    it save and leave. With several processes, all call this with equal arguments and see the same
+    `workdir`.
 
     A step whose loss or gradient is not finite changes neither parameters nor optimizer, its
     schedule included; it is counted as "skipped". A run that skips 20 steps in a row ends.
@@ -104,8 +105,9 @@ def train(
       gave up, or the loss is not finite.
 
     Raises:
-      ValueError: a bad configuration, a workdir of another one, or a damaged checkpoint; each
-        before anything is compiled. Where a checkpoint cannot be written, a CheckpointError.
+      ValueError: a bad configuration, a workdir of another one or of other text, or nothing but
+        damaged checkpoints; each before anything is compiled. Where a checkpoint cannot be written,
+        a CheckpointError.
       Preempted: it was asked to stop, and has saved.
     """
     config_lib.validate(config)
@@ -195,6 +197,7 @@ class _Run:
         """Takes the steps that are missing; returns the last state."""
         config, program, metrics = self._config, self._program, self._metrics
         is_due = lambda step, every: every and step % every == 0
+        shows = on_progress if distributed.is_first() else None
         first_step = int(state.step)
         shown: Line = {"step": first_step, "seconds": metrics.seconds}
         metrics.start()
@@ -217,8 +220,8 @@ class _Run:
             if _is_lost(metrics.lines):
                 break
             written = metrics.lines[-1] if metrics.lines else shown
-            if on_progress and written["step"] >= shown["step"] + _PROGRESS_STEPS:
-                on_progress(self._progress(shown, written))
+            if shows and written["step"] >= shown["step"] + _PROGRESS_STEPS:
+                shows(self._progress(shown, written))
                 shown = written
         metrics.close()  # waits for the device
         return state

@@ -59,7 +59,7 @@ def losses(workdir):
 
 def kill_a_task(workdir):
     """Kills a process of the cluster that has begun to train."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not list(workdir.glob("cells/*/metrics.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
