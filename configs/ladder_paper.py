@@ -11,6 +11,8 @@ AdamW, 3.18, 2.96, 2.82, 2.64 with Muon, 3.18, 2.96, 2.83, 2.65 with Shampoo² a
 with SOAP.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments.ladder.plan import default_ladder, default_optimizer
@@ -36,7 +38,14 @@ def get_config() -> ConfigDict:
     config.optimizers = {
         "adamw": _optimizer(4e-3, 742_723_584, 0.1024, eps=1e-20),
         "muon": _optimizer(
-            8e-3, 11_140_854, 0.16384, eps=1e-5, adam_learning_rate=1.28e-2, adam_eps=1e-15
+            8e-3,
+            11_140_854,
+            0.16384,
+            orthogonalizer="newton_schulz",
+            steps=5,
+            eps=1e-5,
+            adam_learning_rate=1.28e-2,
+            adam_eps=1e-15,
         ),
         "shampoo": _optimizer(2e-3, 185_680_896, 0.1024, adam_learning_rate=6.4e-2),
         "soap": _optimizer(3.2e-2, 23_210_112, 0.1024, b2=0.999, spectral_norm=True),
@@ -45,7 +54,7 @@ def get_config() -> ConfigDict:
 
 
 def _optimizer(
-    learning_rate: float, warmup_tokens: int, decay_times_width: float, **options: float
+    learning_rate: float, warmup_tokens: int, decay_times_width: float, **options: Any
 ) -> ConfigDict:
     return ConfigDict(
         {
