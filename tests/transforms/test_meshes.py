@@ -97,8 +97,8 @@ def quick_compilation():
 
 
 SLOW = [
-    ("shampoo", "Explicit"), ("soap_blocks", "Explicit"),
-    *((name, "Auto") for name in TRANSFORMATIONS if name not in ("muon", "shampoo_blocks")),
+    ("shampoo", "Explicit"), ("soap_blocks", "Explicit"), ("graft", "Explicit"),
+    *((name, "Auto") for name in TRANSFORMATIONS if name != "muon"),
 ]  # fmt: skip
 
 
@@ -193,7 +193,9 @@ def factorizations(text):
     "leaves",
     [pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow), pytest.param(TENSOR, id="tensor")],
 )
-@pytest.mark.parametrize("name", ["muon", "shampoo_blocks", "shampoo", "soap"])
+@pytest.mark.parametrize(
+    "name", ["muon", "shampoo_blocks", pytest.param("shampoo", marks=pytest.mark.slow), "soap"]
+)
 def test_state_and_work_are_equal_shares_and_nothing_is_gathered(name, leaves):
     mesh = make_mesh(AxisType.Explicit)
     alone, state_alone = compiled_update(name, leaves, None)
