@@ -31,7 +31,8 @@ class Feed:
 
     Attributes:
       validation: `{"inputs", "targets"}` of shape `(N, B, T)`, always the same.
-      seconds: for how long the devices' work has waited for batches.
+      seconds: of the host, spent on batches; the devices wait for them only where they have no
+        steps queued.
 
     Args:
       config: with the keys of `default_config`.
