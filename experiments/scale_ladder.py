@@ -22,7 +22,7 @@ from experiments.cells.cell import FinishedCells, without_machine
 from experiments.cells.run import LAUNCHERS, run_cells
 from experiments.ladder.fit import fit, heading, line
 from experiments.ladder.plan import Ladder, describe
-from experiments.ladder.report import write_report
+from experiments.ladder.report import read_results, write_report
 from experiments.ladder.schedule import missing_tasks, work_of
 from experiments.topologies import tpu_slice
 from mup_jax.training import claim_workdir
@@ -36,7 +36,8 @@ def main(flags: Any) -> None:
         if flags.topology:
             _print_fit(ladder, flags.topology)
         return
-    claim_workdir(workdir, without_machine(flags.config))
+    if flags.mode in ("run", "status"):
+        claim_workdir(workdir, without_machine(flags.config))
     if flags.mode == "status":
         results = FinishedCells(workdir)()
         tasks = missing_tasks(ladder, results)
@@ -45,7 +46,7 @@ def main(flags: Any) -> None:
     if flags.mode == "run":
         print(describe(ladder), flush=True)
         run_cells(work_of(ladder), workdir, flags.launcher)
-    print(write_report(FinishedCells(workdir)(), workdir))
+    print(write_report(read_results(ladder, workdir), workdir))
     print(f"report.md, report.json, results.jsonl and figures are in {flags.workdir}")
 
 

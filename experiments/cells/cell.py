@@ -40,12 +40,16 @@ class Cell:
 
 
 class Task(NamedTuple):
-    """Cells that share a size and a program, to be run by one process so that it compiles once."""
+    """Cells that share a size and a program, to be run by one process so that it compiles once.
+
+    Where they are small, one program trains all of them (`vectorized`).
+    """
 
     size: str
     name: str
     cells: list[Cell]
     flops: float
+    vectorized: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ def check_workers(workers: int, platform: str) -> None:
         raise ValueError(f"config.workers={workers}: give at least one")
     if platform not in PLATFORMS:
         raise ValueError(f"config.platform={platform!r}: choose of {PLATFORMS}")
+
+
+def folder_of(cell: Cell, workdir: Path) -> Path:
+    """The folder of a cell in that of all cells."""
+    return workdir / "cells" / cell.name
 
 
 class FinishedCells:

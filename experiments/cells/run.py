@@ -1,12 +1,16 @@
 """Runs cells on the workers of a launcher."""
 
 import importlib
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from experiments.cells.cell import FinishedCells, Results, Task, Work
+from experiments.cells.cell import FinishedCells, Results, Task, Work, folder_of
+from experiments.cells.claims import Claims
+
+_POLL_SECONDS = 2.0
 
 # Begins a task on a worker that is free; the future ends as the task does.
 Submit = Callable[[Task], Future[None]]
@@ -19,6 +23,9 @@ LAUNCHERS = {"local": "experiments.cells.local", "ray": "experiments.cells.ray_c
 
 def run_cells(work: Work, workdir: Path, launcher: str = "local") -> Results:
     """Runs all cells that have not finished, each task on the next free worker.
+
+    Others may do the same in the same folder at the same time: each cell is trained by whoever
+    claims it first, and all return when all have finished.
 
     Args:
       work: what there is to do.
@@ -37,18 +44,28 @@ def run_cells(work: Work, workdir: Path, launcher: str = "local") -> Results:
         return finished()
     with _find(launcher)(work, workdir, finished) as submit:
         active: dict[Future[None], Task] = {}
-        while True:
+        claims = Claims()
+        while (missing := work.missing_tasks(finished())) or active:
             running = {(task.size, task.name) for task in active.values()}
-            for task in work.missing_tasks(finished()):
-                free = len(active) < work.workers
-                if free and (task.size, task.name) not in running:
+            for task in missing:
+                free = len(active) < work.workers and (task.size, task.name) not in running
+                if free and (task := _without_taken(task, claims, workdir)).cells:
                     active[submit(task)] = task
-            if not active:
-                return finished()
-            done, _ = wait(active, return_when=FIRST_COMPLETED)
+            if active:
+                done, _ = wait(active, return_when=FIRST_COMPLETED)
+            else:
+                time.sleep(_POLL_SECONDS)  # all that is left is in the hands of others
+                done = set()
             for future in done:
                 del active[future]
                 future.result()
+        return finished()
+
+
+def _without_taken(task: Task, claims: Claims, workdir: Path) -> Task:
+    """The task without the cells on which other workers of the folder are at work."""
+    free = [cell for cell in task.cells if not claims.is_taken(folder_of(cell, workdir))]
+    return task._replace(cells=free)
 
 
 def _find(launcher: str) -> Launcher:

@@ -1,12 +1,19 @@
 """What a process that runs cells does, whoever started it."""
 
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.cells.cell import Cell, Task
+from experiments.cells.cell import Cell, Task, folder_of
+from experiments.cells.claims import Claim, ClaimLost, Claims
+from mup_jax import data
 from mup_jax.training import train
+from mup_jax.training.throughput import Progress
+from mup_jax.training.vectorized import most_runs, train_vectorized
 
 
 def configure(platform: str, compiled: Path) -> None:
@@ -24,12 +31,57 @@ def configure(platform: str, compiled: Path) -> None:
 
 
 def run_task(task: Task, workdir: Path, reports: Any) -> None:
-    """Trains the cells of a task, each in its folder in `workdir`; `reports` is for `Progress`."""
-    for cell in task.cells:
-        _run_cell(cell, workdir, reports)
+    """Trains the cells of a task, each in its folder in `workdir`; `reports` is for `Progress`.
+
+    Cells that another worker has claimed are left to that one.
+    """
+    claims = Claims()
+    groups = _groups(task.cells, workdir) if task.vectorized else [[cell] for cell in task.cells]
+    for group in groups:
+        with contextlib.ExitStack() as stack, contextlib.suppress(ClaimLost):
+            held = []
+            for cell in group:
+                folder = folder_of(cell, workdir)
+                claim = stack.enter_context(claims.held(folder))
+                if claim and not (folder / "result.json").exists():
+                    held.append((cell, claim))
+            if held:
+                _run_cells(held, workdir, reports)
 
 
-def _run_cell(cell: Cell, workdir: Path, reports: Any) -> None:
-    report = lambda now: reports.put((cell, now.step, now.steps, now.loss, None))
-    result = train(cell.config, workdir / "cells" / cell.name, report)
-    reports.put((cell, result["steps"], result["steps"], None, result))
+def _groups(cells: Sequence[Cell], workdir: Path) -> Iterator[Sequence[Cell]]:
+    """Cells to be trained by one program: as many as fit into memory, and new ones only."""
+    begun = [cell for cell in cells if (folder_of(cell, workdir) / "checkpoints").exists()]
+    yield from ([cell] for cell in begun)
+    new = [cell for cell in cells if cell not in begun]
+    if new:
+        config = new[0].config
+        vocab_size = data.vocab_size(config.data.source, config.data.tokenizer)
+        most = most_runs(config, vocab_size, _memory())
+        yield from (new[i : i + most] for i in range(0, len(new), most))
+
+
+def _memory() -> int:
+    """Bytes of a device that may be used: of a CPU's memory a core's share of the half."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // 2 // (os.cpu_count() or 1)
+
+
+def _run_cells(held: Sequence[tuple[Cell, Claim]], workdir: Path, reports: Any) -> None:
+    cells = [cell for cell, _ in held]
+
+    def report(i: int, now: Progress) -> None:
+        cell, claim = held[i]
+        claim.check()
+        reports.put((cell, now.step, now.steps, now.loss, None))
+
+    folders = [folder_of(cell, workdir) for cell in cells]
+    if len(cells) == 1:
+        results = [train(cells[0].config, folders[0], lambda now: report(0, now))]
+    else:
+        results = train_vectorized([cell.config for cell in cells], folders, report)
+    for cell, result in zip(cells, results, strict=True):
+        reports.put((cell, result["steps"], result["steps"], None, result))

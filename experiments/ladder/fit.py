@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.ladder.plan import Ladder, Rung
+from experiments.ladder.plan import Ladder, Rung, Series
 from experiments.topologies import Slice, count_collectives
 from mup_jax.models.llama import forward_flops_per_token
 from mup_jax.training.mesh import AXES, mesh_shape
@@ -25,9 +25,10 @@ def fit(ladder: Ladder, tpu: Slice) -> Iterator[dict[str, Any]]:
     else none.
     """
     for rung in ladder.rungs:
-        for optimizer in ladder.optimizers:
-            rate = ladder.config.optimizers[optimizer].learning_rates[0]
-            config = ladder.cell(rung, optimizer, rate, ladder.config.seeds[0]).config
+        for optimizer in ladder.config.optimizers:
+            series = Series(optimizer)
+            rate = ladder.learning_rates(series)[0]
+            config = ladder.cell(rung, series, rate, ladder.config.seeds[0]).config
             yield {
                 "rung": rung.name,
                 "optimizer": optimizer,

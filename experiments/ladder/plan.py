@@ -2,18 +2,37 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from experiments.cells.cell import Cell, check_workers
+from experiments.ladder.parametrizations import PARAMETRIZATIONS
 from mup_jax import data
+from mup_jax.analysis import series_name
 from mup_jax.models.llama import forward_flops_per_token, num_parameters
 from mup_jax.training import config as config_lib
 from mup_jax.training import default_config, validate
 
 # Every fraction of a learning rate that is tried is a power of this.
 GRID_STEP = 2.0
+
+
+class Series(NamedTuple):
+    """One optimizer in one parametrization, at all rungs."""
+
+    optimizer: str
+    parametrization: str = "mup"
+
+    @property
+    def name(self) -> str:
+        return series_name(self.optimizer, self.parametrization)
+
+    @property
+    def tuned(self) -> "Series":
+        """The series whose base cells this one's learning rate is tuned on."""
+        alone = PARAMETRIZATIONS[self.parametrization].tuned_alone
+        return self if alone else Series(self.optimizer)
 
 
 class Rung(NamedTuple):
@@ -34,10 +53,15 @@ def default_ladder() -> ConfigDict:
     `widths` ascend; the first is the base, where each optimizer's learning rate is tuned on its
     `learning_rates` (powers of two apart; the grid extends itself while the best is at an edge, at
     most `max_extensions` times), and its warm-up is `warmup_tokens` at every rung, None for that of
-    `train`. `checks` are factors of the transferred learning rate tried with
-    the first seed at the second rung, to see whether the optimum moved. All cells are `train` but
-    for model, tokens, optimizer and seed. `workers` processes run side by side, each with one core
-    where `platform` is "cpu"; an empty platform is JAX's choice.
+    `train`. From there `parametrizations` (see `PARAMETRIZATIONS`) carry it to the others, for each
+    optimizer those that it has; "mup" is always one. One that counts at the base too is tuned
+    there on its own, on `learning_rates_of` its name where the optimizer has that.
+
+    `checks` are factors of the transferred learning rate, and of the weight decay where there is
+    one, that µP tries with the first seed at the largest rung, to see whether the optimum moved.
+    All cells are `train` but for model, tokens, optimizer and seed. `workers` processes run side by
+    side, each with one core where `platform` is "cpu"; an empty platform is JAX's choice. With
+    `vectorized` the cells of the base are trained by one program (`train_vectorized`).
     """
     return ConfigDict(
         {
@@ -47,10 +71,12 @@ def default_ladder() -> ConfigDict:
             "tokens_per_parameter": 8.0,
             "seeds": (0, 1),
             "optimizers": {"adamw": default_optimizer()},
+            "parametrizations": ("mup",),
             "checks": (0.5, 2.0),
             "max_extensions": 4,
             "workers": 1,
             "platform": "",
+            "vectorized": True,
         }
     )
 
@@ -60,6 +86,7 @@ def default_optimizer() -> ConfigDict:
     return ConfigDict(
         {
             "learning_rates": (1e-2,),
+            "learning_rates_of": ConfigDict(),
             "weight_decay": 0.0,
             "warmup_tokens": None,
             "options": ConfigDict(),
@@ -79,6 +106,7 @@ class Ladder:
       config: the configuration.
       vocab_size: of its models.
       rungs: ascending.
+      series: of every optimizer "mup" first.
 
     Raises:
       ValueError: the configuration is not one of a ladder, or a cell of it would not train.
@@ -89,18 +117,38 @@ class Ladder:
         self._check()
         self.vocab_size = data.vocab_size(config.train.data.source, config.train.data.tokenizer)
         self.rungs = [self._rung(width) for width in config.widths]
+        self.series = [
+            Series(optimizer, parametrization)
+            for optimizer in config.optimizers
+            for parametrization in PARAMETRIZATIONS
+            if parametrization in config.parametrizations
+            and PARAMETRIZATIONS[parametrization].options_of(optimizer) is not None
+        ]
         for rung in self.rungs:
-            for optimizer in config.optimizers:
-                rate = config.optimizers[optimizer].learning_rates[0]
-                validate(self.cell(rung, optimizer, rate, config.seeds[0]).config)
+            for series in self.series:
+                rate = self.learning_rates(series)[0]
+                validate(self.cell(rung, series, rate, config.seeds[0]).config)
 
-    @property
-    def optimizers(self) -> list[str]:
-        return list(self.config.optimizers)
+    def learning_rates(self, series: Series) -> list[float]:
+        """The grid on which a series begins to be tuned."""
+        settings = self.config.optimizers[series.optimizer]
+        own = settings.learning_rates_of.get(series.parametrization)
+        return list(settings.learning_rates if own is None else own)
 
-    def cell(self, rung: Rung, optimizer: str, learning_rate: float, seed: int) -> Cell:
-        """The run of one optimizer at one rung; the learning rate is that of the base."""
-        settings = self.config.optimizers[optimizer]
+    def cell(
+        self,
+        rung: Rung,
+        series: Series,
+        learning_rate: float,
+        seed: int,
+        *,
+        decay_factor: float = 1.0,
+    ) -> Cell:
+        """The run of one series at one rung; the learning rate is that of the base."""
+        if rung == self.rungs[0]:
+            series = series.tuned
+        settings = self.config.optimizers[series.optimizer]
+        scaling = PARAMETRIZATIONS[series.parametrization].options_of(series.optimizer) or {}
         config = copy.deepcopy(self.config.train)
         config.seed = seed
         config.tokens = rung.tokens
@@ -109,32 +157,34 @@ class Ladder:
         if settings.warmup_tokens is not None:
             config.warmup_tokens = settings.warmup_tokens
         config.optimizer = {
-            "name": optimizer,
+            "name": series.optimizer,
             "learning_rate": learning_rate,
-            "weight_decay": settings.weight_decay,
+            "weight_decay": decay_factor * settings.weight_decay,
             "epsilon": None,
-            "options": settings.options.to_dict(),
+            "options": settings.options.to_dict() | scaling,
         }
-        label = f"{rung.name} {optimizer} lr {learning_rate:g} seed {seed}"
+        decay = "" if decay_factor == 1 else f" wd x{decay_factor:g}"
+        label = f"{rung.name} {series.name} lr {learning_rate:g}{decay} seed {seed}"
         return Cell(rung.name, label, config)
 
-    def tuning_cells(self, optimizer: str, learning_rates: Sequence[float]) -> list[Cell]:
+    def tuning_cells(self, series: Series, learning_rates: Sequence[float]) -> list[Cell]:
         """The cells of these learning rates at the base, every seed."""
         return [
-            self.cell(self.rungs[0], optimizer, rate, seed)
+            self.cell(self.rungs[0], series, rate, seed)
             for rate in learning_rates
             for seed in self.config.seeds
         ]
 
-    def transfer_cells(self, rung: Rung, optimizer: str, learning_rate: float) -> list[Cell]:
-        """The cells above the base: the transferred learning rate and, at one rung, its checks."""
-        cells = [self.cell(rung, optimizer, learning_rate, seed) for seed in self.config.seeds]
-        if rung == self.rungs[1]:
-            first_seed = self.config.seeds[0]
-            cells += [
-                self.cell(rung, optimizer, factor * learning_rate, first_seed)
-                for factor in self.config.checks
-            ]
+    def transfer_cells(self, rung: Rung, series: Series, learning_rate: float) -> list[Cell]:
+        """The cells above the base: the transferred learning rate and, at the largest, checks."""
+        seeds, checks = self.config.seeds, self.config.checks
+        cells = [self.cell(rung, series, learning_rate, seed) for seed in seeds]
+        if rung == self.rungs[-1] and series.parametrization == "mup":
+            cells += [self.cell(rung, series, x * learning_rate, seeds[0]) for x in checks]
+            if self.config.optimizers[series.optimizer].weight_decay:
+                cells += [
+                    self.cell(rung, series, learning_rate, seeds[0], decay_factor=x) for x in checks
+                ]
         return cells
 
     def _check(self) -> None:
@@ -147,13 +197,24 @@ class Ladder:
         for name, settings in config.optimizers.items():
             config_lib.check_optimizer(name, settings.options)
             config_lib.check_keys(settings, default_optimizer(), f"config.optimizers.{name}")
-            rates = list(settings.learning_rates)
-            if not rates or rates != sorted(rates) or rates[0] <= 0:
-                raise ValueError(
-                    f"config.optimizers.{name}.learning_rates={rates}: give ascending rates > 0"
-                )
+            grids = {"learning_rates": settings.learning_rates}
+            for parametrization, rates in settings.learning_rates_of.items():
+                _check_parametrization(parametrization, f"config.optimizers.{name}")
+                grids[f"learning_rates_of.{parametrization}"] = rates
+            for key, rates in grids.items():
+                if not rates or list(rates) != sorted(rates) or rates[0] <= 0:
+                    raise ValueError(
+                        f"config.optimizers.{name}.{key}={rates}: give ascending rates > 0"
+                    )
         if "adamw" not in config.optimizers:
             raise ValueError("config.optimizers lacks 'adamw', the baseline of all multipliers")
+        for parametrization in config.parametrizations:
+            _check_parametrization(parametrization, "config.parametrizations")
+        if "mup" not in config.parametrizations:
+            raise ValueError(
+                f"config.parametrizations={config.parametrizations} lacks 'mup', that of the "
+                "baseline of all multipliers"
+            )
         widths = list(config.widths)
         if len(widths) < 2 or widths != sorted(set(widths)):
             raise ValueError(f"config.widths={widths}: give at least two, ascending")
@@ -179,6 +240,13 @@ class Ladder:
         )
 
 
+def _check_parametrization(name: str, key: str) -> None:
+    if name not in PARAMETRIZATIONS:
+        raise ValueError(
+            f"{key}: unknown parametrization {name!r}, choose of {', '.join(PARAMETRIZATIONS)}"
+        )
+
+
 def describe(ladder: Ladder) -> str:
     """The plan as text: rungs, and how many cells each optimizer needs at least."""
     lines = [f"{'rung':>8} {'parameters':>12} {'tokens':>14} {'steps':>8} {'FLOPs per run':>14}"]
@@ -186,18 +254,19 @@ def describe(ladder: Ladder) -> str:
         f"{r.name:>8} {r.parameters:>12,} {r.tokens:>14,} {r.steps:>8,} {r.flops:>14.3e}"
         for r in ladder.rungs
     ]
-    for optimizer in ladder.optimizers:
-        rates = ladder.config.optimizers[optimizer].learning_rates
-        lines.append(f"{optimizer}: tuned on {', '.join(f'{rate:g}' for rate in rates)}")
+    for series in dict.fromkeys(series.tuned for series in ladder.series):
+        rates = ladder.learning_rates(series)
+        lines.append(f"{series.name}: tuned on {', '.join(f'{rate:g}' for rate in rates)}")
     return "\n".join([*lines, f"at least {len(planned_cells(ladder))} cells"])
 
 
 def planned_cells(ladder: Ladder) -> list[Cell]:
     """The cells known before tuning; those above the base stand at the first learning rate."""
     cells: list[Cell] = []
-    for optimizer in ladder.optimizers:
-        rates: Any = ladder.config.optimizers[optimizer].learning_rates
-        cells += ladder.tuning_cells(optimizer, rates)
+    for series in ladder.series:
+        rates = ladder.learning_rates(series)
+        if series == series.tuned:
+            cells += ladder.tuning_cells(series, rates)
         for rung in ladder.rungs[1:]:
-            cells += ladder.transfer_cells(rung, optimizer, rates[0])
+            cells += ladder.transfer_cells(rung, series, rates[0])
     return cells

@@ -1,25 +1,52 @@
 """The files that a ladder ends with."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments.cells.cell import Results
-from experiments.ladder.plan import rung_name
+from experiments.cells.cell import FinishedCells, Results
+from experiments.ladder.plan import Ladder
+from experiments.ladder.schedule import needed_cells
 from mup_jax import analysis
 from mup_jax.analysis import figures
-from mup_jax.training.metrics import write_atomically
+from mup_jax.training.metrics import read_lines, write_atomically
+
+_RESULTS = "results.jsonl"
 
 
-def write_report(results: Results, workdir: Path) -> str:
-    """Writes results.jsonl, report.json, report.md and the figures; returns the table as text.
+def read_results(ladder: Ladder, workdir: Path) -> list[dict[str, Any]]:
+    """What has finished: from the folders of the cells, or where those are gone from results.jsonl.
 
     Raises:
-      ValueError: no cell has finished.
+      ValueError: nothing has.
     """
-    lines = [{"cell": name, "rung": rung_name(r["width"]), **r} for name, r in results.items()]
-    order = ("parameters", "optimizer", "learning_rate", "seed")
-    lines.sort(key=lambda line: [line[key] for key in order])
-    write_atomically(workdir / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = result_lines(ladder, FinishedCells(workdir)()) or read_lines(workdir / _RESULTS)
+    if not lines:
+        raise ValueError(f"no cell in {workdir} has finished: run the ladder before its report")
+    return lines
+
+
+def result_lines(ladder: Ladder, results: Results) -> list[dict[str, Any]]:
+    """A line for each finished cell of the ladder."""
+    lines = [
+        {
+            "cell": cell.name,
+            "rung": rung.name,
+            "parametrization": series.parametrization,
+            **results[cell.name],
+        }
+        for rung, series, cells in needed_cells(ladder, results)
+        for cell in cells
+        if cell.name in results
+    ]
+    order = ("parameters", "optimizer", "parametrization", "learning_rate", "weight_decay", "seed")
+    return sorted(lines, key=lambda line: [line[key] for key in order])
+
+
+def write_report(lines: Sequence[dict[str, Any]], workdir: Path) -> str:
+    """Writes results.jsonl, report.json, report.md and the figures; returns the table as text."""
+    write_atomically(workdir / _RESULTS, "".join(json.dumps(line) + "\n" for line in lines))
     report = analysis.summarize(lines)
     write_atomically(workdir / "report.json", json.dumps(report, indent=1) + "\n")
     paths = figures.write_figures(report, lines, workdir)

@@ -2,9 +2,10 @@
 
 import math
 import statistics
+from collections.abc import Iterator
 
 from experiments.cells.cell import Cell, Results, Task, Work
-from experiments.ladder.plan import GRID_STEP, Ladder
+from experiments.ladder.plan import GRID_STEP, Ladder, Rung, Series
 
 
 def mean_loss(cells: list[Cell], results: Results) -> float:
@@ -13,7 +14,7 @@ def mean_loss(cells: list[Cell], results: Results) -> float:
     return math.inf if None in losses else statistics.fmean(losses)
 
 
-def tune(ladder: Ladder, optimizer: str, results: Results) -> tuple[list[Cell], float | None]:
+def tune(ladder: Ladder, series: Series, results: Results) -> tuple[list[Cell], float | None]:
     """All tuning cells known to be needed and, once they have finished, the best learning rate.
 
     While the best stands at an edge, the grid grows by one learning rate on that side.
@@ -21,16 +22,17 @@ def tune(ladder: Ladder, optimizer: str, results: Results) -> tuple[list[Cell], 
     Raises:
       ValueError: every learning rate diverged.
     """
-    rates = list(ladder.config.optimizers[optimizer].learning_rates)
+    series = series.tuned
+    rates = ladder.learning_rates(series)
     for extensions_left in range(ladder.config.max_extensions, -1, -1):
-        cells = ladder.tuning_cells(optimizer, rates)
+        cells = ladder.tuning_cells(series, rates)
         if any(cell.name not in results for cell in cells):
             return cells, None
-        loss = {rate: mean_loss(ladder.tuning_cells(optimizer, [rate]), results) for rate in rates}
+        loss = {rate: mean_loss(ladder.tuning_cells(series, [rate]), results) for rate in rates}
         best = min(rates, key=loss.__getitem__)
         if loss[best] == math.inf:
             raise ValueError(
-                f"{optimizer} diverged at every learning rate of {rates}: choose a lower grid"
+                f"{series.name} diverged at every learning rate of {rates}: choose a lower grid"
             )
         if not extensions_left or rates[0] < best < rates[-1]:
             break
@@ -43,21 +45,26 @@ def tune(ladder: Ladder, optimizer: str, results: Results) -> tuple[list[Cell], 
 
 def missing_tasks(ladder: Ladder, results: Results) -> list[Task]:
     """The tasks that can run now: tuning first, then the longest."""
-    tuning, transfer = [], []
-    for optimizer in ladder.optimizers:
-        cells, best = tune(ladder, optimizer, results)
-        if best is None:
-            tuning.append((ladder.rungs[0], optimizer, cells))
-            continue
-        for rung in ladder.rungs[1:]:
-            transfer.append((rung, optimizer, ladder.transfer_cells(rung, optimizer, best)))
     tasks = []
-    for rung, optimizer, cells in tuning + transfer:
+    for rung, series, cells in needed_cells(ladder, results):
         missing = [cell for cell in cells if cell.name not in results]
         if missing:
-            tasks.append(Task(rung.name, optimizer, missing, rung.flops * len(missing)))
+            vectorized = rung == ladder.rungs[0] and ladder.config.vectorized
+            flops = rung.flops * len(missing)
+            tasks.append(Task(rung.name, series.name, missing, flops, vectorized))
     is_tuning = lambda task: task.size == ladder.rungs[0].name
     return sorted(tasks, key=lambda task: (not is_tuning(task), -task.flops))
+
+
+def needed_cells(ladder: Ladder, results: Results) -> Iterator[tuple[Rung, Series, list[Cell]]]:
+    """All cells known to be needed, finished or not; those at the base once for all that share."""
+    for series in ladder.series:
+        cells, best = tune(ladder, series, results)
+        if series == series.tuned:
+            yield ladder.rungs[0], series, cells
+        if best is not None:
+            for rung in ladder.rungs[1:]:
+                yield rung, series, ladder.transfer_cells(rung, series, best)
 
 
 def remaining_cells(ladder: Ladder, results: Results) -> dict[str, int]:
@@ -68,10 +75,10 @@ def remaining_cells(ladder: Ladder, results: Results) -> dict[str, int]:
     counts = dict.fromkeys((rung.name for rung in ladder.rungs), 0)
     for task in missing_tasks(ladder, results):
         counts[task.size] += len(task.cells)
-    for optimizer in ladder.optimizers:
-        if tune(ladder, optimizer, results)[1] is None:
+    for series in ladder.series:
+        if tune(ladder, series, results)[1] is None:
             for rung in ladder.rungs[1:]:
-                counts[rung.name] += len(ladder.transfer_cells(rung, optimizer, 1.0))
+                counts[rung.name] += len(ladder.transfer_cells(rung, series, 1.0))
     return counts
 
 

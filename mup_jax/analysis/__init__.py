@@ -10,6 +10,7 @@ from mup_jax.analysis.multiplier import (
     multiplier_interval,
     pooled_noise,
 )
+from mup_jax.analysis.names import series_name
 from mup_jax.analysis.report import finding, markdown, terminal_table
 from mup_jax.analysis.summary import summarize
 
@@ -21,6 +22,7 @@ __all__ = [
     "markdown",
     "multiplier_interval",
     "pooled_noise",
+    "series_name",
     "summarize",
     "terminal_table",
 ]

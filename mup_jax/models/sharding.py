@@ -42,7 +42,7 @@ def spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
 def place(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` laid out by the names of its axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:  # within a `shard_map` there is one device
         return x
     target = spec(x.shape, *names)
     if _is_explicit(mesh):

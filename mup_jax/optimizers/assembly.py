@@ -8,12 +8,15 @@ import optax
 
 from mup_jax.transfer import rules
 from mup_jax.transfer.mup import add_independent_weight_decay, mup
-from mup_jax.transfer.rules import Rule
+from mup_jax.transfer.rules import PowerLaw, Rule
 from mup_jax.transfer.shapes import ROLES, is_shape
 from mup_jax.transforms.matrices import PyTree
 
 Scalar = float | jax.Array
+LearningRateScaling = Literal["mup", "constant", "1/width"]
 WeightDecayScaling = Literal["1/width", "constant", "coupled", "none"]
+
+_OTHER_LAWS = {"constant": PowerLaw(), "1/width": rules.adam().learning_rate_law}
 
 
 @dataclass(frozen=True)
@@ -21,22 +24,27 @@ class Assembly:
     """The arguments that all optimizers share, and what is made of them.
 
     Raises:
-      ValueError: unknown weight_decay_scaling.
+      ValueError: unknown learning_rate_scaling or weight_decay_scaling.
     """
 
     learning_rate: Scalar
     schedule: optax.Schedule | None
     weight_decay: Scalar
     shapes: PyTree | None
+    learning_rate_scaling: LearningRateScaling
     weight_decay_scaling: WeightDecayScaling
     scale_epsilon: bool = True
 
     def __post_init__(self) -> None:
-        if self.weight_decay_scaling not in get_args(WeightDecayScaling):
-            raise ValueError(
-                f"weight_decay_scaling={self.weight_decay_scaling!r}: choose one of "
-                f"{', '.join(map(repr, get_args(WeightDecayScaling)))}"
-            )
+        for key, known in (
+            ("learning_rate_scaling", LearningRateScaling),
+            ("weight_decay_scaling", WeightDecayScaling),
+        ):
+            if getattr(self, key) not in get_args(known):
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r}: choose one of "
+                    f"{', '.join(map(repr, get_args(known)))}"
+                )
 
     def scaled(
         self,
@@ -49,6 +57,8 @@ class Assembly:
         """η·direction + decay, by the rule; normalized, or with another η, if so wanted."""
         if normalize is not None:
             direction, rule = optax.chain(direction, normalize), rules.spectrally_normalized(rule)
+        if self.learning_rate_scaling != "mup":
+            rule = rule.with_learning_rate(_OTHER_LAWS[self.learning_rate_scaling])
         if not self.scale_epsilon:
             rule = rule.with_constant_epsilon()
         by_rule = direction if self.shapes is None else mup(direction, rule, self.shapes)

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from mup_jax.optimizers.assembly import Assembly, Scalar, WeightDecayScaling
+from mup_jax.optimizers.assembly import Assembly, LearningRateScaling, Scalar, WeightDecayScaling
 from mup_jax.transfer import rules
 from mup_jax.transfer.rules import MeasuredOrGupta, Rule
 from mup_jax.transfer.shapes import map_shapes
@@ -33,6 +33,7 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,6 +47,9 @@ def adamw(
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
+      learning_rate_scaling: η of a parameter with `shapes`: "mup" times the factor of its rule;
+        "constant" the same at every size, which is standard parametrization; "1/width" by Adam's
+        rule, whatever the optimizer. The last two do not transfer, and are there to show it.
       weight_decay_scaling: λ of a parameter: "1/width" over its width ratio (best for every
         optimizer in Qiu et al.); "constant" the same at every size (Gupta et al.); "coupled" times
         its η, as in `optax.adamw`; "none" no decay at all.
@@ -58,7 +62,13 @@ def adamw(
       Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2017.
     """
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
     return of.whole(of.adam(b1, b2, eps))
 
@@ -72,14 +82,15 @@ def adopt(
     b1: float = 0.9,
     b2: float = 0.9999,
     eps: float = 1e-6,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """ADOPT, with clipping: `optax.contrib.scale_by_adopt`. The first step updates nothing.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
-        `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
+        scale_epsilon: as in `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: least root of the second moment in the base model, in units of the gradient.
@@ -92,7 +103,13 @@ def adopt(
     """
     direction = optax.contrib.scale_by_adopt(b1, b2, eps)
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
     return of.whole(of.scaled(direction, rules.adopt()))
 
@@ -108,6 +125,7 @@ def lamb(
     eps: float = 1e-6,
     variant: MeasuredOrGupta = "measured",
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,8 +135,8 @@ def lamb(
     1 where W or r is zero.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
-        `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
+        scale_epsilon: as in `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
@@ -135,7 +153,13 @@ def lamb(
         optax.scale_by_adam(b1, b2, eps), _scale_by_trust_ratio(weight_dimension_numbers)
     )
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
     return of.whole(of.scaled(direction, rules.lamb(variant=variant)))
 
@@ -148,12 +172,14 @@ def lion(
     shapes: PyTree | None = None,
     b1: float = 0.9,
     b2: float = 0.99,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
 ) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of the momentum.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling: as
+        in `adamw`.
       b1: weight of the momentum against the gradient in the sign.
       b2: decay of the momentum.
 
@@ -163,7 +189,9 @@ def lion(
     References:
       Chen et al., `Lion <https://arxiv.org/abs/2302.06675>`_, 2023.
     """
-    of = Assembly(learning_rate, schedule, weight_decay, shapes, weight_decay_scaling)
+    of = Assembly(
+        learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling
+    )
     return of.whole(of.scaled(optax.scale_by_lion(b1, b2), rules.lion()))
 
 
@@ -180,6 +208,7 @@ def sophia(
     update_interval: int = 10,
     curvature: Curvature = "hutchinson",
     seed: int = 0,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -189,7 +218,8 @@ def sophia(
     of entries is clipped at every size.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling: as
+        in `adamw`.
       scale_epsilon: as in `adamw`; of γ too.
       b1: decay of the momentum.
       b2: decay of the curvature, once in `update_interval` steps.
@@ -234,7 +264,13 @@ def sophia(
     if shapes is not None and scale_epsilon:
         direction = _with_functions_in_units_of_gradients(direction, rules.sophia(), shapes)
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
     return of.whole(of.scaled(direction, rules.sophia()))
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from mup_jax.optimizers.assembly import Assembly, Scalar, WeightDecayScaling
+from mup_jax.optimizers.assembly import Assembly, LearningRateScaling, Scalar, WeightDecayScaling
 from mup_jax.transfer import rules
-from mup_jax.transfer.rules import Rule
+from mup_jax.transfer.rules import QiuOrRmsMatching, Rule
 from mup_jax.transforms.adamuon import scale_by_adamuon
 from mup_jax.transforms.blocking import Sides
 from mup_jax.transforms.grafting import graft
@@ -38,13 +38,15 @@ def adamuon(
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMuon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling: as
+        in `adamw`.
       b1, b2, eps, nesterov, muon_eps, orthogonalizer, steps, weight_dimension_numbers: as in
         `scale_by_adamuon`.
       hidden_only, spectral_norm, adam_learning_rate, adam_b1, adam_b2, adam_eps: as in `muon`.
@@ -67,7 +69,13 @@ def adamuon(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
     by_role = _on_matrices(
         of, direction, rules.adamuon(), hidden_only, spectral_norm, weight_dimension_numbers
@@ -87,6 +95,7 @@ def muon(
     eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
     steps: int | None = None,
+    variant: QiuOrRmsMatching = "qiu",
     hidden_only: bool = True,
     spectral_norm: bool = False,
     adam_learning_rate: Scalar | None = None,
@@ -94,15 +103,17 @@ def muon(
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
-        `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
+        scale_epsilon: as in `adamw`.
       beta, nesterov, eps, orthogonalizer, steps, weight_dimension_numbers: as in `scale_by_muon`.
+      variant: of `rules.muon`.
       hidden_only: whether embedding and readout are left to Adam ("Muon-Adam" of Qiu et al.);
         otherwise they take the direction too ("Muon"), and vectors alone have Adam.
       spectral_norm: whether to follow the direction by `normalize_spectral_norm`, on embeddings by
@@ -127,10 +138,21 @@ def muon(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
     by_role = _on_matrices(
-        of, direction, rules.muon(), hidden_only, spectral_norm, weight_dimension_numbers
+        of,
+        direction,
+        rules.muon(variant=variant),
+        hidden_only,
+        spectral_norm,
+        weight_dimension_numbers,
     )
     other = of.adam(adam_b1, adam_b2, adam_eps, adam_learning_rate)
     return of.whole(of.route(other, **by_role))
@@ -157,14 +179,15 @@ def shampoo(
     adam_learning_rate: Scalar | None = None,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo² with blocks, grafted to Adam, on hidden matrices; Adam on the others.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
-        `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
+        scale_epsilon: as in `adamw`.
       b1, b2: as in `scale_by_shampoo`; of Adam too.
       eps, exponent, relative_eps, block_size, max_preconditioner_dim, precondition_frequency,
         stagger, weight_dimension_numbers: as in `scale_by_shampoo`. An absolute ε is that of the
@@ -210,7 +233,13 @@ def shampoo(
         direction = graft(magnitude, direction, weight_dimension_numbers=weight_dimension_numbers)
         rule = rules.grafted(rules.adam())
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
     by_role = _on_matrices(
         of, direction, rule, hidden_only, spectral_norm, weight_dimension_numbers
@@ -236,14 +265,15 @@ def soap(
     spectral_norm: bool = False,
     adam_learning_rate: Scalar | None = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
     scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP with blocks on matrices, on the width side alone of embedding and readout.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon: as in
-        `adamw`.
+      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
+        scale_epsilon: as in `adamw`.
       b1, b2, eps: as in `scale_by_soap`; of Adam too. ε is that of the base model.
       block_size, max_preconditioner_dim, precondition_frequency, exact_steps, stagger,
         weight_dimension_numbers: as in `scale_by_soap`.
@@ -262,7 +292,13 @@ def soap(
         "max_preconditioner_dim": max_preconditioner_dim,
     }
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, weight_decay_scaling, scale_epsilon
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
     )
 
     def on(role: str, sides: Sides) -> optax.GradientTransformation:

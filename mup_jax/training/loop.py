@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,11 +21,11 @@ from mup_jax.training.feed import Feed
 from mup_jax.training.mesh import make_mesh
 from mup_jax.training.metrics import Line, MetricsWriter, Observer, write_atomically
 from mup_jax.training.program import Hyperparameters, Program, TrainState, make_program
-from mup_jax.training.record import optimizer_share, run_record
+from mup_jax.training.record import run_record, step_times
 from mup_jax.training.throughput import Progress, utilization
 
 # [Q] (arXiv 2512.05620), Fig. 2: the features' change in one step, at this step.
-_COORDINATE_CHECK_STEP = 10
+COORDINATE_CHECK_STEP = 10
 
 _PROGRESS_STEPS = 16
 
@@ -60,9 +60,15 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     write_atomically(path, config_lib.to_json(config) + "\n")
 
 
-def _claim_text(workdir: Path, fingerprint: str) -> None:
-    """Raises ValueError where the run was begun on other text: its place in it means nothing."""
-    path = workdir / "text.json"
+def claim_run(workdir: Path, config: ConfigDict, tokens: data.Tokens) -> None:
+    """Makes `workdir` that of a run of this configuration on this text.
+
+    Raises:
+      ValueError: it was begun with another configuration, or on other text, where its place in it
+        means nothing.
+    """
+    claim_workdir(workdir, config)
+    path, fingerprint = workdir / "text.json", tokens.fingerprint
     if path.exists():
         before = json.loads(path.read_text())["fingerprint"]
         if before != fingerprint:
@@ -117,12 +123,11 @@ def train(
     if result_path.exists():
         claim_workdir(workdir, config)
         return json.loads(result_path.read_text())
-    tokens = _load_tokens(config.data.source, config.data.tokenizer)
+    tokens = load_tokens(config.data.source, config.data.tokenizer)
     distributed.check_equal(tokens.fingerprint, f"the text of {config.data.source}")
     with jax.set_mesh(mesh):
         feed = Feed(config, tokens)
-        claim_workdir(workdir, config)
-        _claim_text(workdir, tokens.fingerprint)
+        claim_run(workdir, config, tokens)
         program = make_program(config, tokens.vocab_size)
         checkpoints = Checkpoints(workdir / "checkpoints") if config.checkpoint_every else None
         with contextlib.ExitStack() as stack:
@@ -138,21 +143,32 @@ def train(
             trace = stack.enter_context(_Trace(workdir / "profile", profile))
             run = _Run(config, program, feed, metrics, checkpoints)
             state = run.take_steps(state, on_progress, trace, preemption)
-        result = run_record(config, program, tokens, metrics.lines)
-        if _is_lost(metrics.lines):
-            logging.getLogger(__name__).warning(_lost_message(metrics.lines))
-            result["validation_loss"] = None
-        result["seconds"] = {
+        seconds: dict[str, float] = {
             "total": metrics.lines[-1]["seconds"] + compile_seconds,
             "compile": compile_seconds,
             "input": feed.seconds,
-            "optimizer_share": None,
         }
-        if config.measure_optimizer and result["validation_loss"] is not None:
-            share = optimizer_share(program, state, next(feed), run.hyperparameters)
-            result["seconds"]["optimizer_share"] = share
+        if config.measure_optimizer and not is_lost(metrics.lines):
+            seconds |= step_times(program, state, next(feed), run.hyperparameters)
+    return finish_run(workdir, config, program, tokens, metrics.lines, seconds)
+
+
+def finish_run(
+    workdir: Path,
+    config: ConfigDict,
+    program: Program,
+    tokens: data.Tokens,
+    lines: Sequence[Line],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Writes what there is to know of a run to result.json, and returns it."""
+    result = run_record(config, program, tokens, lines)
+    if is_lost(lines):
+        logging.getLogger(__name__).warning(_lost_message(lines))
+        result["validation_loss"] = None
+    result["seconds"] = {"gradient": None, "optimizer_share": None, **seconds}
     if distributed.is_first():
-        write_atomically(result_path, json.dumps(result, indent=1) + "\n")
+        write_atomically(workdir / "result.json", json.dumps(result, indent=1) + "\n")
     distributed.wait_for_all("result was written")
     return result
 
@@ -217,7 +233,7 @@ class _Run:
             if leaves:
                 saved = "is saved" if self._checkpoints else "is lost, checkpoint_every is 0"
                 raise Preempted(f"asked to stop: step {step} of {program.steps} {saved}")
-            if _is_lost(metrics.lines):
+            if is_lost(metrics.lines):
                 break
             written = metrics.lines[-1] if metrics.lines else shown
             if shows and written["step"] >= shown["step"] + _PROGRESS_STEPS:
@@ -231,7 +247,7 @@ class _Run:
     ) -> tuple[TrainState, dict[str, Any]]:
         """One step, with the coordinate check where it is due."""
         program = self._program
-        if step != _COORDINATE_CHECK_STEP:
+        if step != COORDINATE_CHECK_STEP:
             return program.step(state, batch, self.hyperparameters)
         before = program.features(state.params, batch["inputs"])
         state, values = program.step(state, batch, self.hyperparameters)
@@ -278,7 +294,7 @@ class _Trace:
             self._is_on = False
 
 
-def _is_lost(lines: Sequence[Line]) -> bool:
+def is_lost(lines: Sequence[Line]) -> bool:
     """Whether all of the last steps were skipped."""
     if len(lines) < _PATIENCE:
         return False
@@ -295,5 +311,5 @@ def _lost_message(lines: Sequence[Line]) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_tokens(source: str, tokenizer: str) -> data.Tokens:
+def load_tokens(source: str, tokenizer: str) -> data.Tokens:
     return data.load(source, tokenizer)

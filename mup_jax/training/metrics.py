@@ -19,9 +19,6 @@ from mup_jax.training import distributed
 Line = dict[str, Any]
 Observer = Callable[[Line], None]
 
-# How many steps the device may run ahead of the file.
-_LAG = 32
-
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSONL file; one that a kill cut short is left out."""
@@ -58,12 +55,15 @@ class MetricsWriter:
         checkpoint from which this one goes on, are dropped.
       last_step: the step of that checkpoint, 0 for a new run.
       observers: called with each line when it is written, by the process that writes.
+      lag: how many steps the device may run ahead of the file.
 
     Raises:
       ValueError: steps before the checkpoint are missing from the file.
     """
 
-    def __init__(self, path: Path, last_step: int, observers: Sequence[Observer] = ()):
+    def __init__(
+        self, path: Path, last_step: int, observers: Sequence[Observer] = (), lag: int = 32
+    ):
         lines = [line for line in read_lines(path) if line["step"] <= last_step]
         if len(lines) != last_step:
             raise ValueError(
@@ -81,6 +81,7 @@ class MetricsWriter:
             self._file = path.open("a")
             self._observers = [*observers]
         self._pending: deque[dict[str, Any]] = deque()
+        self._lag = lag
 
     @property
     def seconds(self) -> float:
@@ -97,7 +98,7 @@ class MetricsWriter:
         Their line gets the "seconds" at which the device had them.
         """
         self._pending.append({"step": step, **values})
-        while len(self._pending) > _LAG:
+        while len(self._pending) > self._lag:
             self._write()
 
     def flush(self) -> None:

@@ -105,7 +105,7 @@ class Program:
         self.loss_and_gradient = jax.jit(self._loss_and_gradient)
         self.evaluate = jax.jit(self._evaluate)
         self.health = jax.jit(preconditioner_health)
-        self.features = jax.jit(lambda params, inputs: self._merge(params).features(inputs))
+        self.features = jax.jit(self._features)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -195,6 +195,9 @@ class Program:
     def loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         """In nats per token."""
         return cross_entropy(self._merge(params)(batch["inputs"]), batch["targets"])
+
+    def _features(self, params: Any, inputs: jax.Array) -> jax.Array:
+        return self._merge(params).features(inputs)
 
     def activations(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Of `Llama.activations`."""

@@ -4,6 +4,7 @@ import importlib.metadata
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def run_record(
-    config: ConfigDict, program: Program, tokens: Tokens, lines: list[dict[str, Any]]
+    config: ConfigDict, program: Program, tokens: Tokens, lines: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Sizes, losses, FLOPs and provenance of a run, from its configuration and metrics.
 
@@ -73,16 +74,16 @@ def provenance(config: ConfigDict, tokens: Tokens) -> dict[str, Any]:
     }
 
 
-def optimizer_share(
+def step_times(
     program: Program,
     state: TrainState,
     batch: dict[str, jax.Array],
     hyperparameters: Hyperparameters,
     repeats: int = 15,
-) -> float:
-    """The part of a step's time that is not spent on loss and gradient, from medians.
+) -> dict[str, float]:
+    """Seconds for loss and gradient, and the part of a step that is not spent on them.
 
-    Donates `state`.
+    Medians, taken in turn. Donates `state`.
     """
     jax.block_until_ready(program.loss_and_gradient(state.params, batch))
     full, gradient_only = [], []
@@ -93,4 +94,6 @@ def optimizer_share(
         start = time.perf_counter()
         state, _ = jax.block_until_ready(program.step(state, batch, hyperparameters))
         full.append(time.perf_counter() - start)
-    return max(0.0, 1 - statistics.median(gradient_only) / statistics.median(full))
+    gradient = statistics.median(gradient_only)
+    share = max(0.0, 1 - gradient / statistics.median(full))
+    return {"gradient": gradient, "optimizer_share": share}

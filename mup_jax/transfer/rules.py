@@ -108,6 +108,15 @@ class Rule:
         missing_sides = 2 - sum(self.blocking.of(d_in, d_out))
         return self.homogeneity - missing_sides * self.homogeneity_per_side
 
+    def with_learning_rate(self, law: PowerLaw) -> "Rule":
+        """The rule with another law of η for every role, sides included."""
+        return replace(
+            self,
+            learning_rate_law=law,
+            readout_learning_rate_law=None,
+            learning_rate_per_side=PowerLaw(),
+        )
+
     def with_constant_epsilon(self) -> "Rule":
         """The rule with ε the same at every size."""
         return replace(self, epsilon_law=PowerLaw(), epsilon_per_side=PowerLaw())
@@ -143,6 +152,7 @@ class Rule:
 
 MeasuredOrGupta = Literal["measured", "gupta"]
 QiuOrGupta = Literal["qiu", "gupta"]
+QiuOrRmsMatching = Literal["qiu", "rms_matching"]
 
 
 def _check_variant(variant: str, known: object) -> None:
@@ -207,9 +217,19 @@ def lamb(*, variant: MeasuredOrGupta = "measured") -> Rule:
     )
 
 
-def muon() -> Rule:
-    """Muon without shape factor: η ∝ √(d_out/d_in), ε ∝ √(d_in/d_out)/L."""
-    return Rule("muon", PowerLaw(d_in=-0.5, d_out=0.5), PowerLaw(d_in=0.5, d_out=-0.5, depth=-1))
+def muon(*, variant: QiuOrRmsMatching = "qiu") -> Rule:
+    """Muon without shape factor: η ∝ √(d_out/d_in), ε ∝ √(d_in/d_out)/L.
+
+    Args:
+      variant: "rms_matching" for η ∝ √max(d_in, d_out), with which the RMS of an update is the same
+        at every size, like that of Adam (Liu et al., arXiv 2502.16982): of hidden matrices, whose
+        sides grow together. It does not transfer ([Q]).
+    """
+    _check_variant(variant, QiuOrRmsMatching)
+    epsilon = PowerLaw(d_in=0.5, d_out=-0.5, depth=-1)
+    if variant == "rms_matching":
+        return Rule("muon", PowerLaw(d_in=0.5), epsilon, source="Liu et al.")
+    return Rule("muon", PowerLaw(d_in=-0.5, d_out=0.5), epsilon)
 
 
 def adamuon() -> Rule:
@@ -308,11 +328,8 @@ def spectrally_normalized(inner: Rule | None = None) -> Rule:
     if inner is None:
         return Rule("spectrally normalized", PowerLaw(), epsilon_degree=0, source="[Q]")
     return replace(
-        inner,
+        inner.with_learning_rate(PowerLaw()),
         name=f"spectrally normalized {inner.name}",
-        learning_rate_law=PowerLaw(),
-        readout_learning_rate_law=None,
-        learning_rate_per_side=PowerLaw(),
         homogeneity=0.0,
         homogeneity_per_side=0.0,
         source="[Q]",

@@ -79,6 +79,7 @@ _FORMULAS: dict[str, Rule] = {
     "LAMB": rules.lamb(),
     "LAMB, variant gupta": rules.lamb(variant="gupta"),
     "Muon": rules.muon(),
+    "Muon, hidden matrices, variant rms_matching": rules.muon(variant="rms_matching"),
     "AdaMuon": rules.adamuon(),
     "Shampoo(¼, ¼)": rules.shampoo(exponent=0.25, relative_eps=False),
     "Shampoo(¼, ¼), variant gupta": rules.shampoo(
@@ -152,6 +153,12 @@ besides: α = ½ is for branches of one matrix only ([Z]).
 
 `rules.budget_factor` is √(batch/duration), both in tokens and as ratios: η grows as the root of the
 batch at a given number of tokens, and falls as the root of the tokens at a given batch ([M]).
+
+## Without rules
+
+`learning_rate_scaling` of the optimizers is `mup`, these rules. For comparison it can be
+`constant`, which is standard parametrization, or `1/width`, Adam's rule for every optimizer; ε
+follows `scale_epsilon`. Neither transfers.
 
 ## Weight decay
 

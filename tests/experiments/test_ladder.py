@@ -15,11 +15,19 @@ import pytest
 from configs import ladder_cpu, ladder_paper
 from experiments.cells.cell import FinishedCells
 from experiments.ladder import fit
-from experiments.ladder.plan import Ladder, default_ladder, default_optimizer, describe
-from experiments.ladder.report import write_report
+from experiments.ladder.plan import (
+    Ladder,
+    Series,
+    default_ladder,
+    default_optimizer,
+    describe,
+)
+from experiments.ladder.report import read_results
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
 from experiments.topologies import Slice
 from mup_jax.training.program import Program
+
+ADAMW, MUON = Series("adamw"), Series("muon")
 
 
 def small_ladder(**changes):
@@ -63,10 +71,10 @@ def test_same_tokens_per_parameter_at_every_rung():
 
 def test_cells_differ_only_where_a_ladder_varies():
     ladder = Ladder(small_ladder())
-    cells = ladder.tuning_cells("adamw", (4e-3, 8e-3))
+    cells = ladder.tuning_cells(ADAMW, (4e-3, 8e-3))
     assert len({cell.name for cell in cells}) == 4
-    assert cells[0].name == ladder.tuning_cells("adamw", (4e-3,))[0].name
-    large = ladder.transfer_cells(ladder.rungs[1], "adamw", 4e-3)
+    assert cells[0].name == ladder.tuning_cells(ADAMW, (4e-3,))[0].name
+    large = ladder.transfer_cells(ladder.rungs[1], ADAMW, 4e-3)
     assert [c.config.optimizer.learning_rate for c in large] == [4e-3, 4e-3, 2e-3, 8e-3]
     assert {c.config.base.width for c in large} == {8}
     assert {c.config.model.width for c in large} == {16}
@@ -85,7 +93,7 @@ def test_the_grid_extends_itself(optimum, best, tried):
     loss = log_parabola(optimum)
     results = {}
     for _ in range(3):
-        cells, found = tune(ladder, "adamw", results)
+        cells, found = tune(ladder, ADAMW, results)
         if found is not None:
             break
         results |= results_of(cells, loss)
@@ -95,11 +103,11 @@ def test_the_grid_extends_itself(optimum, best, tried):
 
 def test_a_diverged_seed_rules_a_learning_rate_out():
     ladder = Ladder(small_ladder(max_extensions=0))
-    cells, _ = tune(ladder, "adamw", {})
+    cells, _ = tune(ladder, ADAMW, {})
     diverges = lambda config: None if config.optimizer.learning_rate == 8e-3 else 2.0
-    assert tune(ladder, "adamw", results_of(cells, diverges))[1] == 4e-3
+    assert tune(ladder, ADAMW, results_of(cells, diverges))[1] == 4e-3
     with pytest.raises(ValueError, match="diverged at every learning rate"):
-        tune(ladder, "adamw", results_of(cells, lambda _: None))
+        tune(ladder, ADAMW, results_of(cells, lambda _: None))
 
 
 def test_tasks_appear_as_results_do():
@@ -219,7 +227,7 @@ def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
 
 def test_a_report_needs_results(tmp_path):
     with pytest.raises(ValueError, match="run the ladder"):
-        write_report({}, tmp_path)
+        read_results(Ladder(small_ladder()), tmp_path)
 
 
 # arXiv 2512.05620, table 3.
@@ -237,11 +245,11 @@ def test_the_ladder_of_the_paper():
     for rung in ladder.rungs:
         assert (rung.parameters, rung.tokens, rung.steps) == PUBLISHED[rung.width][:3]
         assert rung.flops == pytest.approx(PUBLISHED[rung.width][3], rel=1e-4)
-    muon = ladder.cell(ladder.rungs[-1], "muon", 8e-3, 0).config
+    muon = ladder.cell(ladder.rungs[-1], MUON, 8e-3, 0).config
     assert muon.warmup_tokens == 11_140_854
     assert muon.optimizer.weight_decay * muon.base.width == pytest.approx(0.16384)
     assert muon.optimizer.options.adam_learning_rate == pytest.approx(1.6 * 8e-3)
-    adamw = ladder.cell(ladder.rungs[-1], "adamw", 4e-3, 0).config
+    adamw = ladder.cell(ladder.rungs[-1], ADAMW, 4e-3, 0).config
     assert adamw.warmup_tokens == 742_723_584
     assert adamw.optimizer.options.eps == 1e-20
 
