@@ -15,7 +15,8 @@ results.jsonl, report.json, report.md and figures.
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
 from experiments import command
 from experiments.cells.cell import FinishedCells, without_machine
@@ -46,8 +47,11 @@ def main(flags: Any) -> None:
     if flags.mode == "run":
         print(describe(ladder), flush=True)
         run_cells(work_of(ladder), workdir, flags.launcher)
-    print(write_report(read_results(ladder, workdir), workdir))
-    print(f"report.md, report.json, results.jsonl and figures are in {flags.workdir}")
+    config = config_flags.get_config_filename(absl_flags.FLAGS["config"])
+    command = f"python -m experiments.scale_ladder --config={config} --workdir=DIR"
+    commands = command, f"{command} --mode=report"
+    print(write_report(read_results(ladder, workdir), workdir, commands))
+    print(f"report.md, report.html, results.jsonl and figures are in {flags.workdir}")
 
 
 def _print_fit(ladder: Ladder, topology: str) -> None:
@@ -58,9 +62,9 @@ def _print_fit(ladder: Ladder, topology: str) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_enum("mode", "run", ["run", "plan", "status", "report"], "What to do.")
-    flags.DEFINE_string("topology", "", "TPU slice to plan for, like v5e:8x8.")
-    flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
+    absl_flags.DEFINE_enum("mode", "run", ["run", "plan", "status", "report"], "What to do.")
+    absl_flags.DEFINE_string("topology", "", "TPU slice to plan for, like v5e:8x8.")
+    absl_flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from experiments.ladder.plan import Ladder
 from experiments.ladder.schedule import needed_cells
 from mup_jax import analysis
 from mup_jax.analysis import figures
+from mup_jax.analysis.page import html_page
 from mup_jax.training.metrics import read_lines, write_atomically
 
 _RESULTS = "results.jsonl"
@@ -44,11 +45,24 @@ def result_lines(ladder: Ladder, results: Results) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: [line[key] for key in order])
 
 
-def write_report(lines: Sequence[dict[str, Any]], workdir: Path) -> str:
-    """Writes results.jsonl, report.json, report.md and the figures; returns the table as text."""
+def write_report(
+    lines: Sequence[dict[str, Any]], workdir: Path, commands: Sequence[str] = ()
+) -> str:
+    """Writes results.jsonl, report.json, report.md, report.html and the figures.
+
+    Args:
+      lines: of `read_results`.
+      workdir: an existing folder.
+      commands: that give these results, for the page.
+
+    Returns:
+      The table as text.
+    """
     write_atomically(workdir / _RESULTS, "".join(json.dumps(line) + "\n" for line in lines))
     report = analysis.summarize(lines)
     write_atomically(workdir / "report.json", json.dumps(report, indent=1) + "\n")
     paths = figures.write_figures(report, lines, workdir)
-    write_atomically(workdir / "report.md", analysis.markdown(report, [p.name for p in paths]))
+    page = analysis.markdown(report, [path.name for path in paths], commands)
+    write_atomically(workdir / "report.md", page)
+    write_atomically(workdir / "report.html", html_page(page, workdir))
     return analysis.terminal_table(report)

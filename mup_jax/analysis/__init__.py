@@ -3,6 +3,7 @@
 Figures need matplotlib and are therefore imported from `mup_jax.analysis.figures`.
 """
 
+from mup_jax.analysis.findings import claims, finding
 from mup_jax.analysis.multiplier import (
     MultiplierInterval,
     compute_multiplier,
@@ -10,12 +11,13 @@ from mup_jax.analysis.multiplier import (
     multiplier_interval,
     pooled_noise,
 )
-from mup_jax.analysis.names import series_name
-from mup_jax.analysis.report import finding, markdown, terminal_table
+from mup_jax.analysis.report import markdown, terminal_table
+from mup_jax.analysis.runs import series_name
 from mup_jax.analysis.summary import summarize
 
 __all__ = [
     "MultiplierInterval",
+    "claims",
     "compute_multiplier",
     "finding",
     "is_extrapolated",

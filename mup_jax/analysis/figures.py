@@ -1,5 +1,6 @@
 """The four figures of a ladder's report."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
+from mup_jax.analysis.runs import series_name
 from mup_jax.analysis.style import COLOURS, new_figure, plain_log_scale, style_axes, styles
+
+_DASHES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def write_figures(
@@ -43,9 +47,9 @@ def write_figures(
 
 
 def _loss_vs_compute(report: Mapping[str, Any]) -> Figure:
-    figure, axes = new_figure("training FLOPs", "validation loss")
+    figure, axes = new_figure("training FLOPs", "validation loss, nats per token")
     compute = _of_rungs(report, "flops")
-    for name, summary, style in _optimizers(report):
+    for name, summary, style in _series(report):
         for rung, seeds in summary["final_loss_by_seed"].items():
             finite = [loss for loss in seeds if loss is not None]
             at = [compute[rung]] * len(finite)
@@ -56,7 +60,7 @@ def _loss_vs_compute(report: Mapping[str, Any]) -> Figure:
             # The dots are the runs; the line alone is their mean.
             axes.plot(at, list(losses.values()), **style | {"marker": ""})
             axes.plot([], [], label=name, **style)
-    _log_axes(axes, compute)
+    _log_axes(axes, report)
     axes.legend()
     return figure
 
@@ -65,20 +69,25 @@ def _multiplier_vs_compute(report: Mapping[str, Any]) -> Figure:
     baseline = report["baseline"]
     figure, axes = new_figure("training FLOPs", f"compute multiplier over {baseline}")
     compute = _of_rungs(report, "flops")
-    others = [x for x in _optimizers(report) if x[0] != baseline and x[1]["compute_multiplier"]]
+    others = [x for x in _series(report) if x[0] != baseline and x[1]["compute_multiplier"]]
     if not others:
         return figure
     axes.axhline(1, color=COLOURS[0], linewidth=1, linestyle="--")
-    # Intervals of one rung stand side by side, within a tenth of the distance to the next.
-    step = min(np.diff(np.log(list(compute.values()))), default=1.0) / 10
+    # Intervals of one rung stand side by side, within a fifth of the distance to the next.
+    step = min(np.diff(np.log(list(compute.values()))), default=1.0) / 5 / len(others)
     for i, (name, summary, style) in enumerate(others):
         entries = summary["compute_multiplier"]
         shift = np.exp(step * (i - (len(others) - 1) / 2))
         at = {rung: compute[rung] * shift for rung in entries}
-        axes.plot(
-            list(at.values()),
-            [entry["value"] for entry in entries.values()],
-            **style | {"marker": ""},
+        values = [entry["value"] for entry in entries.values()]
+        axes.plot(list(at.values()), values, **style | {"marker": ""})
+        bands = {r: x["noise_band"] for r, x in entries.items() if "noise_band" in x}
+        axes.fill_between(
+            [at[rung] for rung in bands],
+            *np.array(list(bands.values())).reshape(-1, 2).T,
+            color=style["color"],
+            alpha=0.15,
+            linewidth=0,
         )
         for rung, entry in entries.items():
             if "low" in entry:
@@ -93,16 +102,20 @@ def _multiplier_vs_compute(report: Mapping[str, Any]) -> Figure:
         "markerfacecolor": "white",
     }
     axes.plot([], [], label="extrapolated", **hollow)
-    _log_axes(axes, compute)
-    figure.legend(loc="outside lower center", ncols=len(others) + 1)
+    _log_axes(axes, report)
+    figure.legend(loc="outside lower center", ncols=min(len(others) + 1, 4))
     return figure
 
 
 def _learning_rate_sweeps(
     report: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> Figure:
-    optimizers = report["optimizers"]
     rungs = [rung["name"] for rung in report["rungs"]]
+    optimizers = {
+        name: summary
+        for name, summary in report["optimizers"].items()
+        if _is_tuned(report, name, rungs[0])
+    }
     columns = min(len(optimizers), 2)
     rows = -(-len(optimizers) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained", dpi=150)
@@ -120,7 +133,9 @@ def _learning_rate_sweeps(
             runs = [
                 (line["learning_rate"], line["validation_loss"])
                 for line in results
-                if (line["optimizer"], line["rung"]) == (name, rung)
+                if (series_name(line["optimizer"], line.get("parametrization", "mup"))) == name
+                and line["rung"] == rung
+                and line["learning_rate"] in dict(sweep)
                 and line["validation_loss"] is not None
             ]
             means = [(rate, loss) for rate, loss in sweep if loss is not None]
@@ -153,10 +168,18 @@ def _learning_rate_sweeps(
     return figure
 
 
+def _is_tuned(report: Mapping[str, Any], name: str, base_rung: str) -> bool:
+    """Whether a series has a sweep at the base that is its own."""
+    summary = report["optimizers"][name]
+    in_mup = report["optimizers"].get(summary["optimizer"], {}).get("learning_rate_sweep", {})
+    own = summary["learning_rate_sweep"].get(base_rung)
+    return summary["parametrization"] == "mup" or own != in_mup.get(base_rung)
+
+
 def _coordinate_check(report: Mapping[str, Any]) -> Figure:
     figure, axes = new_figure("width", "feature change of one step,\nrelative to the smallest rung")
     width = _of_rungs(report, "width")
-    for name, summary, style in _optimizers(report):
+    for name, summary, style in _series(report):
         changes = summary["coordinate_check"]
         if changes:
             at = [width[rung] for rung in changes]
@@ -176,21 +199,44 @@ def _coordinate_check(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _optimizers(report: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each optimizer with its summary and the style that it has in every figure."""
-    for (name, summary), style in zip(report["optimizers"].items(), styles(), strict=False):
-        yield name, summary, style
+def _series(report: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each series with its summary and its style in every figure.
+
+    Optimizers have colours and markers, parametrizations dashes, which µP has none of.
+    """
+    optimizers = dict.fromkeys(x["optimizer"] for x in report["optimizers"].values())
+    names = dict.fromkeys(x["parametrization"] for x in report["optimizers"].values())
+    style_of = dict(zip(optimizers, styles(), strict=False))
+    others = [name for name in names if name != "mup"]
+    dashes = {"mup": "-"} | dict(zip(others, itertools.cycle(_DASHES), strict=False))
+    for name, summary in report["optimizers"].items():
+        yield (
+            name,
+            summary,
+            style_of[summary["optimizer"]] | {"linestyle": dashes[summary["parametrization"]]},
+        )
 
 
 def _of_rungs(report: Mapping[str, Any], key: str) -> dict[str, float]:
     return {rung["name"]: rung[key] for rung in report["rungs"]}
 
 
-def _log_axes(axes: Axes, compute: Mapping[str, float]) -> None:
+def _log_axes(axes: Axes, report: Mapping[str, Any]) -> None:
+    """FLOPs below, the sizes of the models above."""
     axes.set_xscale("log")
     plain_log_scale(axes)
-    names = axes.secondary_xaxis("top")
-    names.set_xticks(list(compute.values()), list(compute))
-    names.xaxis.set_minor_locator(NullLocator())
-    names.spines["top"].set_visible(False)
-    names.tick_params(length=0)
+    sizes = axes.secondary_xaxis("top")
+    names = [f"{rung['name']}\n{_short(rung['parameters'])}" for rung in report["rungs"]]
+    sizes.set_xticks([rung["flops"] for rung in report["rungs"]], names)
+    sizes.xaxis.set_minor_locator(NullLocator())
+    sizes.spines["top"].set_visible(False)
+    sizes.tick_params(length=0)
+    sizes.set_xlabel("parameters")
+
+
+def _short(number: float) -> str:
+    """Three digits and a letter, like 23.0K."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"

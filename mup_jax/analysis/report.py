@@ -5,62 +5,65 @@ from typing import Any
 
 import numpy as np
 
+from mup_jax.analysis.findings import claims, doubts, extrapolated, finding
 
-def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
-    """Returns the page report.md: a finding, tables, figures and notes.
+# What a reader of each figure must know.
+CAPTIONS = {
+    "loss_vs_compute": "Dots are runs, lines their means. Dashed: other parametrizations than µP.",
+    "multiplier_vs_compute": "Bars: 90% intervals for noise between seeds. Shaded: a change of the "
+    "loss by 0.1%. Hollow: extrapolated beyond the baseline's losses.",
+    "learning_rate_sweeps": "Dashed: the transferred rate. Ring: the best tried. Cross at the top: "
+    "diverged.",
+    "coordinate_check": "How far the last layer's features move in one step, relative to the "
+    "smallest rung: level where the parametrization works.",
+}
+
+
+def markdown(
+    report: Mapping[str, Any], figures: Sequence[str] = (), commands: Sequence[str] = ()
+) -> str:
+    """Returns the page report.md: the claim, tables, figures, doubts, and where it comes from.
 
     Args:
       report: what `summarize` returns.
       figures: paths of images relative to the page, shown in this order.
+      commands: that give these results.
     """
-    baseline = report["baseline"]
-    noise = report["seed_noise"]
-    spread = "unknown, with one seed" if noise is None else f"{noise:.2%} of the loss"
     sections = [
         "# Optimizers on a ladder of model sizes",
         f"**{finding(report)}**",
+        _items(claims(report)),
+        *_tables(report),
+        *(f"![{_caption(path)}]({path})\n\n*{CAPTIONS[_stem(path)]}*" for path in figures),
+        "## What was extrapolated",
+        _items(extrapolated(report)) or "Nothing.",
+        "## What would change the conclusion",
+        _items(doubts(report)) or "Nothing that this ladder can tell.",
+        "## Is the transferred optimum one?",
+        "By how much the loss is higher, in nats and to the run of the same seed, with another "
+        "learning rate or weight decay than the transferred one.",
+        _check_table(report),
+        "## Other multipliers",
+        "By cost: training tokens, training FLOPs of the model (as above), and seconds of the "
+        "steps, the optimizer's included. By estimator: interpolation, and the law "
+        f"{_law(report)} fitted to {report['baseline']}.",
+        _multiplier_table(report),
+        "## How it was measured",
         "Each optimizer's learning rate was tuned at the smallest rung and carried to the others "
-        "by its µP rule. The smallest rung's losses are the ones that chose the learning rate, so "
-        "they are slightly optimistic, for all optimizers alike.",
-        "## Rungs",
-        table(
-            ["rung", "width", "depth", "parameters", "tokens", "steps", "training FLOPs"],
-            [
-                [
-                    rung["name"],
-                    rung["width"],
-                    rung["depth"],
-                    f"{rung['parameters']:,}",
-                    f"{rung['tokens']:,}",
-                    f"{rung['steps']:,}",
-                    f"{rung['flops']:.3g}",
-                ]
-                for rung in report["rungs"]
-            ],
-        ),
-        "## Validation loss",
-        "Mean over seeds, ± standard deviation over seeds (number of seeds). Pooled over all runs, "
-        f"one seed's standard deviation is {spread}.",
-        _by_rung(report, _loss),
-        f"## Compute multiplier over {baseline}",
-        f"{baseline}'s training FLOPs for the same loss, divided by the optimizer's; the "
-        "optimizer's own FLOPs are not counted. In brackets the 90% interval for noise between "
-        "seeds.",
-        _by_rung(report, _multiplier, skip=baseline),
-        f"*e*: extrapolated beyond {baseline}'s losses.",
-        "## Learning rates",
-        "Base learning rate, before the µP factors. At the smallest rung the tuned one; at larger "
-        "ones the best of those tried, with their number.",
+        "by its parametrization. The smallest rung's losses are the ones that chose the learning "
+        "rate, so they are slightly optimistic, for all optimizers alike.",
+        _rung_table(report),
+        "Base learning rate, before the factors of the parametrization: at the smallest rung the "
+        "tuned one; at larger ones the best of those tried, with their number.",
         _by_rung(report, _learning_rate),
-        "## Cost",
-        "Steps per second, and in brackets the optimizer's share of the time of a step and of all "
-        "FLOPs.",
+        "Seconds of a run's steps, and in brackets the optimizer's share of the time of a step and "
+        "of all FLOPs.",
         _by_rung(report, _cost),
     ]
-    if figures:
-        sections += ["## Figures", *(f"![{_caption(path)}]({path})" for path in figures)]
     if report["notes"]:
-        sections += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
+        sections += ["## Notes", _items(report["notes"])]
+    if commands:
+        sections += ["## Commands", "\n".join(f"    {command}" for command in commands)]
     sections += [
         "## Where this comes from",
         table(
@@ -70,41 +73,75 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
             + [[key, value] for key, value in report["versions"].items()],
         ),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def finding(report: Mapping[str, Any]) -> str:
-    """Says who needs less compute than the baseline for the same loss, and at which rungs.
+def _tables(report: Mapping[str, Any]) -> list[str]:
+    baseline, noise = report["baseline"], report["seed_noise"]
+    spread = "unknown, with one seed" if noise is None else f"{noise:.2%} of the loss"
+    return [
+        f"## Compute multiplier over {baseline}",
+        f"{baseline}'s training FLOPs for the same loss, divided by the optimizer's; the "
+        "optimizer's own FLOPs are not counted. In brackets the 90% interval for noise between "
+        f"seeds; *e*: extrapolated beyond {baseline}'s losses.",
+        _by_rung(report, _multiplier, skip=baseline),
+        "## Validation loss",
+        "Nats per token: mean over seeds, ± standard deviation over seeds (number of seeds). "
+        f"Pooled over all runs, one seed's standard deviation is {spread}.",
+        _by_rung(report, _loss),
+    ]
 
-    An optimizer counts as better at a rung if its whole interval lies above 1, or, where the seeds
-    give no interval, its point estimate; then a second sentence says so.
-    """
-    baseline = report["baseline"]
-    multipliers = {
-        name: summary["compute_multiplier"]
+
+def _rung_table(report: Mapping[str, Any]) -> str:
+    header = ["rung", "width", "depth", "parameters", "tokens", "steps", "batch", "training FLOPs"]
+    return table(
+        header,
+        [
+            [
+                *(rung[key] for key in ("name", "width", "depth")),
+                *(f"{rung[key]:,}" for key in ("parameters", "tokens", "steps", "batch_size")),
+                f"{rung['flops']:.3g}",
+            ]
+            for rung in report["rungs"]
+        ],
+    )
+
+
+def _check_table(report: Mapping[str, Any]) -> str:
+    rows = [
+        [name, rung, key.replace("_", " "), ", ".join(_check(*pair) for pair in tried)]
         for name, summary in report["optimizers"].items()
-        if name != baseline and summary["compute_multiplier"]
-    }
-    if not multipliers:
-        return "No compute multiplier can be computed yet; the notes say what is missing."
-    clauses = [f"{name} {_where(entries, report)}" for name, entries in multipliers.items()]
-    sentence = f"For the same loss as {baseline}: {'; '.join(clauses)}."
-    if any("low" not in x for entries in multipliers.values() for x in entries.values()):
-        sentence += " Where the table shows no interval, this may be noise between seeds."
-    return sentence
+        for rung, checks in summary["checks"].items()
+        for key, tried in checks.items()
+    ]
+    return table(["", "rung", "of", "factor: difference"], rows) if rows else "No checks yet."
 
 
-def _where(entries: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    less = {rung: x["value"] for rung, x in entries.items() if x.get("low", x["value"]) > 1}
-    more = [rung for rung, x in entries.items() if x.get("high", x["value"]) < 1]
-    if len(less) == len(entries):
-        rungs = "every rung" if len(entries) == len(report["rungs"]) else "every finished rung"
-        low, high = min(less.values()), max(less.values())
-        return f"needs less compute at {rungs} (multiplier {low:.2f} to {high:.2f})"
-    where = "needs no less compute at any rung"
-    if less:
-        where = f"needs less compute at {len(less)} of {len(entries)} rungs ({', '.join(less)})"
-    return f"{where}, and more at {', '.join(more)}" if more else where
+def _check(factor: float, difference: float | None) -> str:
+    return f"×{factor:g}: " + ("diverged" if difference is None else f"{difference:+.4f}")
+
+
+def _law(report: Mapping[str, Any]) -> str:
+    law = report["law"] or {}
+    if "exponent" not in law:
+        return "E + A·C^(−α)"
+    return (
+        f"{law['irreducible']:.3f} + {law['coefficient']:.3g}·C^(−{law['exponent']:.3f}) "
+        f"({law['points']} points)"
+    )
+
+
+def _multiplier_table(report: Mapping[str, Any]) -> str:
+    rungs = [rung["name"] for rung in report["rungs"]]
+    rows = []
+    for name, summary in report["optimizers"].items():
+        kinds = {**summary["multipliers"], "FLOPs, by the law": summary["law_multiplier"]}
+        kinds["FLOPs"] = kinds.pop("flops")
+        for kind in ("tokens", "FLOPs", "seconds", "FLOPs, by the law"):
+            if name != report["baseline"] and kinds[kind]:
+                cells = [_interval(kinds[kind], rung) for rung in rungs]
+                rows.append([name, kind, *cells])
+    return table(["", "cost", *rungs], rows) if rows else "None yet."
 
 
 def terminal_table(report: Mapping[str, Any]) -> str:
@@ -158,9 +195,13 @@ def _loss(summary: Mapping[str, Any], rung: str) -> str:
 
 
 def _multiplier(summary: Mapping[str, Any], rung: str) -> str:
-    if rung not in summary["compute_multiplier"]:
+    return _interval(summary["compute_multiplier"], rung)
+
+
+def _interval(entries: Mapping[str, Any], rung: str) -> str:
+    if rung not in entries:
         return "–"
-    entry = summary["compute_multiplier"][rung]
+    entry = entries[rung]
     interval = f" [{entry['low']:.2f}, {entry['high']:.2f}]" if "low" in entry else ""
     return f"{entry['value']:.3f}{interval}{' *e*' if entry['extrapolated'] else ''}"
 
@@ -173,11 +214,16 @@ def _learning_rate(summary: Mapping[str, Any], rung: str) -> str:
 
 
 def _cost(summary: Mapping[str, Any], rung: str) -> str:
-    if rung not in summary["steps_per_second"]:
+    if rung not in summary["seconds_per_run"]:
         return "–"
+    share = summary["optimizer_flops_share"].get(rung)
+    flops = "" if share is None else f", {share:.1%}"
     seconds = summary["optimizer_seconds_share"][rung]
-    flops = summary["optimizer_flops_share"][rung]
-    return f"{summary['steps_per_second'][rung]:.3g} ({seconds:.0%}, {flops:.1%})"
+    return f"{summary['seconds_per_run'][rung]:.3g} ({seconds:.0%}{flops})"
+
+
+def _items(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -186,6 +232,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[-1].removesuffix(".png")
+
+
 def _caption(path: str) -> str:
-    name = path.rsplit("/", 1)[-1].removesuffix(".png")
-    return name.replace("_", " ").capitalize()
+    return _stem(path).replace("_", " ").capitalize()

@@ -1,11 +1,19 @@
 """From result lines to report.json: what is chosen, measured, left out and said."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from mup_jax.analysis import compute_multiplier, finding, markdown, summarize, terminal_table
+from mup_jax.analysis import (
+    claims,
+    compute_multiplier,
+    finding,
+    markdown,
+    summarize,
+    terminal_table,
+)
 
 from .conftest import MULTIPLIERS, TUNED, WIDTHS, cell
 
@@ -31,7 +39,7 @@ def test_a_finished_ladder(ladder):
             assert len(summary["final_loss_by_seed"][rung]) == 3
             assert summary["optimizer_flops_share"][rung] == pytest.approx(0.01)
             assert summary["optimizer_seconds_share"][rung] == pytest.approx(0.25)
-        assert summary["steps_per_second"]["w24"] == pytest.approx(2 * 24**2 / 10)
+        assert summary["seconds_per_run"]["w24"] == pytest.approx(2 * 24**2 * 3e-3 / 0.75)
         assert summary["coordinate_check"]["w48"] == pytest.approx(2**0.1)
         assert [len(sweep) for sweep in summary["learning_rate_sweep"].values()] == [5, 3, 3, 3]
     assert report["seed_noise"] == pytest.approx(0.001, rel=0.5)
@@ -130,7 +138,7 @@ def test_an_unfinished_ladder_reports_what_is_there(ladder, keep, note):
 def test_one_seed_gives_multipliers_without_intervals(ladder):
     report = summarize(of(ladder, seed=0))
     entry = report["optimizers"]["muon"]["compute_multiplier"]["w48"]
-    assert set(entry) == {"value", "extrapolated"}
+    assert set(entry) == {"value", "extrapolated", "noise_band", "without_a_rung"}
     assert report["seed_noise"] is None
     assert "may be noise between seeds" in finding(report)
 
@@ -168,6 +176,62 @@ def test_markdown_has_tables_figures_and_notes(ladder):
         assert part in page
     assert "*e*" in page
     assert "| fingerprint | abc |" in page.replace("corpus: ", "")
+
+
+def test_parametrizations_are_compared_above_the_base_that_they_share(ladder_with_sp):
+    report = summarize(ladder_with_sp)
+    mup, sp = (report["optimizers"][name] for name in ("muon", "muon, sp"))
+    assert sp["final_loss"]["w24"] == mup["final_loss"]["w24"]
+    assert sp["best_learning_rate"]["w24"] == TUNED
+    assert sp["compute_multiplier"]["w64"]["value"] == pytest.approx(0.7, abs=0.05)
+    assert mup["compute_multiplier"]["w64"]["value"] == pytest.approx(1.4, abs=0.05)
+    first, second = claims(report)
+    assert "muon at 4 of 4 rungs" in first
+    assert "**holds in part**" in first  # shampoo's 1.01 cannot be told from 1
+    assert "muon **loses it** (0.69 [0.68, 0.71] against 1.38" in second
+    assert len(report["notes"]) == len(set(report["notes"]))
+
+
+def test_checks_are_compared_with_the_same_seed(ladder_with_sp):
+    checks = summarize(ladder_with_sp)["optimizers"]["muon"]["checks"]["w64"]
+    assert [factor for factor, _ in checks["learning_rate"]] == [0.5, 2.0]
+    (half, higher), (twice, lower) = checks["weight_decay"]
+    assert (half, twice) == (0.5, 2.0)
+    assert (higher, lower) == (pytest.approx(0.02), pytest.approx(-0.01))
+    page = markdown(summarize(ladder_with_sp))
+    assert "better by 0.0100 nats with 2 times the transferred weight decay" in page
+    assert "| muon | w64 | weight decay | ×0.5: +0.0200, ×2: -0.0100 |" in page
+
+
+def test_three_costs(ladder):
+    """Twice the time per step halves the gain in seconds, and nothing else."""
+    for line in of(ladder, optimizer="muon"):
+        line["seconds"]["optimizer_share"] = 0.625  # a step of 8 ms in place of 4
+    muon = summarize(ladder)["optimizers"]["muon"]["multipliers"]
+    for rung in RUNGS[:-1]:
+        by_cost = {cost: muon[cost][rung]["value"] for cost in muon}
+        assert by_cost["flops"] == pytest.approx(1.4, abs=0.06)
+        # On a ladder of a fixed number of tokens per parameter.
+        assert by_cost["tokens"] == pytest.approx(by_cost["flops"] ** 0.5, abs=0.02)
+        # Steps, of a constant time each, grow as tokens do.
+        assert by_cost["seconds"] == pytest.approx(by_cost["tokens"] / 2, abs=0.02)
+
+
+def test_the_law_is_a_second_estimator(ladder):
+    report = summarize(ladder)
+    assert report["law"]["points"] == 4
+    assert "one degree of freedom" in report["law"]["doubt"]
+    entry = report["optimizers"]["muon"]["law_multiplier"]["w48"]
+    assert entry["low"] < 1.4 < entry["high"]
+    few = summarize([line for line in ladder if line["rung"] != "w32"])
+    assert few["optimizers"]["muon"]["law_multiplier"] == {}
+    assert "There is no law: compute has 3 different values" in few["law"]["doubt"]
+
+
+def test_what_would_change_the_conclusion(ladder):
+    page = markdown(summarize(ladder))
+    assert re.search(r"shampoo at w\d\d.*: more seeds could put it on either side of 1", page)
+    assert "seeds a cell with this noise (power 80%)" in page
 
 
 def test_cells_of_two_configurations_are_refused(ladder):
