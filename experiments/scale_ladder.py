@@ -3,9 +3,10 @@
     python -m experiments.scale_ladder --config=configs/ladder_cpu.py --workdir=DIR
         [--mode=MODE] [--launcher=LAUNCHER] [--topology=TOPOLOGY]
 
-MODE is "run" (default: run what is missing, then report), "plan" (print the cells), "status" or
-"report" (of what has finished). With a TOPOLOGY like v5e:8x8 a plan also compiles every rung for
-that TPU slice, which need not be there (JAX_PLATFORMS=cpu, and libtpu from `pip install
+MODE is "run" (default: run what is missing, then report), "plan" (print rungs, FLOPs, factors of
+the parametrizations, and an estimate of the time here), "status" or "report" (of what has finished,
+or of a results.jsonl alone). With a TOPOLOGY like v5e:8x8 a plan compiles every rung for that TPU
+slice instead, which need not be there (JAX_PLATFORMS=cpu, and libtpu from `pip install
 'jax[tpu]'`), and says which fit and with which mesh. LAUNCHER is "local" (default: processes of
 this machine) or "ray" (tasks of a Ray cluster, whose nodes share the file system of DIR). Every
 cell is trained once; started again, a ladder goes on where it was interrupted. DIR ends with
@@ -21,8 +22,9 @@ from ml_collections import config_flags
 from experiments import command
 from experiments.cells.cell import FinishedCells, without_machine
 from experiments.cells.run import LAUNCHERS, run_cells
+from experiments.ladder.describe import describe, describe_scaling, estimate
 from experiments.ladder.fit import fit, heading, line
-from experiments.ladder.plan import Ladder, describe
+from experiments.ladder.plan import Ladder
 from experiments.ladder.report import read_results, write_report
 from experiments.ladder.schedule import missing_tasks, work_of
 from experiments.topologies import tpu_slice
@@ -36,6 +38,9 @@ def main(flags: Any) -> None:
         print(describe(ladder))
         if flags.topology:
             _print_fit(ladder, flags.topology)
+        else:
+            print(f"\n{describe_scaling(ladder)}\n", flush=True)
+            print(estimate(ladder))
         return
     if flags.mode in ("run", "status"):
         claim_workdir(workdir, without_machine(flags.config))

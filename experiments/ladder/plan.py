@@ -247,19 +247,6 @@ def _check_parametrization(name: str, key: str) -> None:
         )
 
 
-def describe(ladder: Ladder) -> str:
-    """The plan as text: rungs, and how many cells each optimizer needs at least."""
-    lines = [f"{'rung':>8} {'parameters':>12} {'tokens':>14} {'steps':>8} {'FLOPs per run':>14}"]
-    lines += [
-        f"{r.name:>8} {r.parameters:>12,} {r.tokens:>14,} {r.steps:>8,} {r.flops:>14.3e}"
-        for r in ladder.rungs
-    ]
-    for series in dict.fromkeys(series.tuned for series in ladder.series):
-        rates = ladder.learning_rates(series)
-        lines.append(f"{series.name}: tuned on {', '.join(f'{rate:g}' for rate in rates)}")
-    return "\n".join([*lines, f"at least {len(planned_cells(ladder))} cells"])
-
-
 def planned_cells(ladder: Ladder) -> list[Cell]:
     """The cells known before tuning; those above the base stand at the first learning rate."""
     cells: list[Cell] = []

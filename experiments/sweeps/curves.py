@@ -114,6 +114,13 @@ def depth_curves(rates: Mapping[str, float], common: Options) -> ConfigDict:
     )
 
 
+def batch_curves(rates: Mapping[str, float], common: Options) -> ConfigDict:
+    """Optimizers as they are at every batch size."""
+    return ConfigDict(
+        {label: {"all batches": curve(label, rate, common)} for label, rate in rates.items()}
+    )
+
+
 def weight_decay_curves(
     rates: Mapping[str, float], common: Options, *, weight_decay: float
 ) -> ConfigDict:

@@ -1,6 +1,7 @@
 """From a sweep's configuration to its curves, and to the training runs that they consist of."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from mup_jax.training import config as config_lib
 from mup_jax.training import default_config, validate
 
 SWEPT = ("learning_rate", "weight_decay", "epsilon")
+VARIED = ("width", "depth", "batch_size")
 PARAMETRIZATIONS = ("mup", "sp")
 
 
@@ -38,10 +40,11 @@ def default_curve() -> ConfigDict:
 def default_sweep() -> ConfigDict:
     """Every key that a sweep has.
 
-    `vary` is "width" or "depth", of which `sizes` ascend; the first is the base. All runs are
-    `train` but for size, base, optimizer and seed, and for tokens where `tokens_per_parameter` is
-    not 0. `swept` is "learning_rate", "weight_decay" or "epsilon". `curves` are `default_curve`s by
-    the optimizer's label and the variant's.
+    `vary` is "width", "depth" or "batch_size", of which `sizes` ascend; the first is the base. All
+    runs are `train` but for size, base, optimizer and seed, and for tokens where
+    `tokens_per_parameter` is not 0; batches of all sizes train on as many tokens, and are validated
+    on as many as the base. `swept` is "learning_rate", "weight_decay" or "epsilon". `curves` are
+    `default_curve`s by the optimizer's label and the variant's.
 
     At the base, values of `reach` factors of `step` to either side of a curve's own are tried.
     Where `follow` is true, larger sizes try the best of the size before and its neighbours, and
@@ -105,7 +108,7 @@ class Sweep:
         self.flops = {self.size_name(size): self._flops(size, vocab_size) for size in self.sizes}
 
     def size_name(self, size: int) -> str:
-        """ "w64" or "d8"."""
+        """ "w64", "d8" or "b32"."""
         return f"{self.config.vary[0]}{size}"
 
     def value(self, curve: Curve, power: int) -> float:
@@ -123,7 +126,8 @@ class Sweep:
         settings = curve.settings
         config = self._sized(size)
         mup = settings.parametrization == "mup"
-        config.base[self.config.vary] = self.sizes[0] if mup else size
+        if self.config.vary != "batch_size":
+            config.base[self.config.vary] = self.sizes[0] if mup else size
         config.optimizer = {
             "name": settings.optimizer,
             "options": settings.options.to_dict(),
@@ -154,13 +158,15 @@ class Sweep:
 
     def _check_values(self) -> None:
         config = self.config
-        for key, allowed in (("vary", ("width", "depth")), ("swept", SWEPT)):
+        for key, allowed in (("vary", VARIED), ("swept", SWEPT)):
             if config[key] not in allowed:
                 raise ValueError(f"config.{key}={config[key]!r}: choose one of {allowed}")
         if len(self.sizes) < 2 or list(self.sizes) != sorted(set(self.sizes)):
             raise ValueError(f"config.sizes={self.sizes}: give at least two, ascending")
         if not config.seeds or len(set(config.seeds)) < len(config.seeds):
             raise ValueError(f"config.seeds={config.seeds}: give at least one, each once")
+        if config.vary == "batch_size":
+            self._check_batches()
         for key, least in (("step", 1.1), ("reach", 1), ("max_extensions", 0)):
             if config[key] < least:
                 raise ValueError(f"config.{key}={config[key]}: give at least {least}")
@@ -180,8 +186,32 @@ class Sweep:
             for size in self.sizes:
                 validate(self._make_cells(curve, size, self.value(curve, 0))[0].config)
 
+    def _check_batches(self) -> None:
+        train = self.config.train
+        if self.config.tokens_per_parameter:
+            raise ValueError(
+                f"config.tokens_per_parameter={self.config.tokens_per_parameter}: batches of all "
+                "sizes train on config.train.tokens, give 0"
+            )
+        for size in self.sizes:
+            if train.tokens % (size * train.context):
+                raise ValueError(
+                    f"config.train.tokens={train.tokens} is no whole number of batches of {size} "
+                    f"rows of {train.context}: give a multiple of {size * train.context}"
+                )
+            if train.eval_batches * self.sizes[0] % size:
+                raise ValueError(
+                    f"config.train.eval_batches={train.eval_batches} of {self.sizes[0]} rows are "
+                    f"no whole number of batches of {size}: give a multiple of "
+                    f"{size // math.gcd(size, self.sizes[0])}"
+                )
+
     def _sized(self, size: int) -> ConfigDict:
         config = copy.deepcopy(self.config.train)
+        if self.config.vary == "batch_size":
+            config.batch_size = size
+            config.eval_batches = self.config.train.eval_batches * self.sizes[0] // size
+            return config
         config.model[self.config.vary] = size
         if self.config.tokens_per_parameter:
             vocab_size = data.make_tokenizer(config.data.tokenizer).vocab_size

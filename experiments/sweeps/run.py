@@ -12,8 +12,15 @@ from experiments.cells.cell import Results, without_machine
 from experiments.cells.run import LAUNCHERS, run_cells
 from experiments.sweeps.plan import Sweep, describe
 from experiments.sweeps.schedule import needed_cells, work_of
+from mup_jax.analysis.batch_figure import write_batch_figure
 from mup_jax.analysis.sweep_figure import write_sweep_figure
-from mup_jax.analysis.sweeps import add_summaries, finding, markdown
+from mup_jax.analysis.sweeps import (
+    BATCH_FIGURE,
+    add_summaries,
+    finding,
+    is_of_batches,
+    markdown,
+)
 from mup_jax.training import claim_workdir
 from mup_jax.training.metrics import write_atomically
 
@@ -77,7 +84,9 @@ def results_of(sweep: Sweep, finished: Results) -> dict[str, Any]:
 
 
 def write_report(results: dict[str, Any], workdir: Path, title: str, command: str) -> None:
-    """Writes results.json, report.md and figure.png."""
+    """Writes results.json, report.md and figure.png, and of batch sizes batches.png."""
     write_atomically(workdir / "results.json", json.dumps(results) + "\n")
     write_sweep_figure(results, workdir / "figure.png")
+    if is_of_batches(results):
+        write_batch_figure(results, workdir / BATCH_FIGURE)
     write_atomically(workdir / "report.md", markdown(results, title, "figure.png", command))

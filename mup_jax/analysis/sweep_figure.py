@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from mup_jax.analysis.style import plain_log_scale, style_axes
-from mup_jax.analysis.sweeps import NAMES, points_of, wants_harmless
+from mup_jax.analysis.sweeps import NAMES, SIZES, base_of, points_of, wants_harmless
 from mup_jax.analysis.transfer import mean_losses
 
 # Beyond this above the lowest loss of a column, curves leave the panel.
@@ -49,11 +49,11 @@ def write_sweep_figure(results: Mapping[str, Any], path: str | Path) -> None:
         of_column = [summary for summary in summaries if summary["optimizer"] == name]
         lowest, highest = _range(of_column)
         panels[0, column].set_ylim(lowest, highest)
-    figure.supxlabel(f"{NAMES[results['swept']]} of the base model", fontsize=11)
+    figure.supxlabel(f"{NAMES[results['swept']]} of {base_of(results)}", fontsize=11)
     figure.supylabel("validation loss (nats per token)", fontsize=11)
     handles, labels = next(a for a in panels.flat if a.get_visible()).get_legend_handles_labels()
     figure.legend(
-        handles, labels, title=results["vary"], loc="outside upper center", ncols=len(labels)
+        handles, labels, title=SIZES[results["vary"]], loc="outside upper center", ncols=len(labels)
     )
     FigureCanvasAgg(figure).print_png(path)
 

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mup_jax.analysis.batch_report import batch_sections
 from mup_jax.analysis.report import table
 from mup_jax.analysis.transfer import MARGIN, Curve, summarize_sweep
 
 NAMES = {"learning_rate": "learning rate", "weight_decay": "weight decay", "epsilon": "ε"}
+BATCH_FIGURE = "batches.png"
+SIZES = {"width": "width", "depth": "depth", "batch_size": "batch size"}
 
 
 def add_summaries(results: dict[str, Any]) -> None:
@@ -49,6 +52,16 @@ def wants_harmless(results: Mapping[str, Any]) -> bool:
     return results["swept"] == "epsilon"
 
 
+def is_of_batches(results: Mapping[str, Any]) -> bool:
+    """Whether the page has a part, and a figure, about batch sizes."""
+    return results["vary"] == "batch_size" and results["swept"] == "learning_rate"
+
+
+def base_of(results: Mapping[str, Any]) -> str:
+    """What the swept values are given for."""
+    return "the smallest batch" if results["vary"] == "batch_size" else "the base model"
+
+
 def finding(results: Mapping[str, Any]) -> str:
     """One sentence for each variant: how far the best value of each optimizer moves.
 
@@ -56,7 +69,7 @@ def finding(results: Mapping[str, Any]) -> str:
     """
     best = "largest harmless ε" if wants_harmless(results) else f"best {NAMES[results['swept']]}"
     sizes = results["sizes"]
-    span = f"over {sizes[-1] / sizes[0]:g}x {results['vary']}"
+    span = f"over {sizes[-1] / sizes[0]:g}x {SIZES[results['vary']]}"
     variants = dict.fromkeys(summary["variant"] for summary in results["summaries"])
     return " ".join(
         f"{variant}: the {best} moves {span} by a factor of {_movements(results, variant)}."
@@ -87,7 +100,7 @@ def markdown(results: Mapping[str, Any], title: str, figure: str, command: str) 
       figure: path of the image relative to the page.
       command: what gives these results.
     """
-    name, vary = NAMES[results["swept"]], results["vary"]
+    name, vary = NAMES[results["swept"]], SIZES[results["vary"]]
     legend = f"Dashed: what the smallest {vary} has in the table."
     if wants_harmless(results):
         best = f"The largest {name} that costs less than {MARGIN:g} nats, interpolated in log2"
@@ -99,7 +112,7 @@ def markdown(results: Mapping[str, Any], title: str, figure: str, command: str) 
         f"**{finding(results)}**",
         f"![{title}]({figure})",
         f"*Validation loss in nats per token, mean of {len(results['config']['seeds'])} seeds, "
-        f"against the {name} of the base model. {legend}*",
+        f"against the {name} of {base_of(results)}. {legend}*",
         f"{best}, for each {vary} (*: at the edge of what was tried). Drift: its exponent in the "
         f"{vary} beyond the rule, in brackets the range over seeds. Lost: how much more the value "
         f"tuned at the smallest {vary} loses at the largest than the best tried there.",
@@ -111,6 +124,7 @@ def markdown(results: Mapping[str, Any], title: str, figure: str, command: str) 
             ],
             [_row(results, summary) for summary in results["summaries"]],
         ),
+        *(batch_sections(results, BATCH_FIGURE) if is_of_batches(results) else ()),
         f"    {command}",
         f"{results['device']}, jax {results['versions']['jax']}; text "
         f"{results['corpus']['source']} ({results['corpus']['fingerprint']}); settings and all "

@@ -148,10 +148,12 @@ class _Runs:
 
     def __init__(self, configs: Sequence[ConfigDict], tokens: data.Tokens, lanes: int):
         self.configs = configs
-        self.program = Program(configs[0], tokens.vocab_size)
+        self._mesh = jax.sharding.get_mesh()
+        with jax.set_mesh(_mesh(1)):  # each run has a device to itself
+            self.program = Program(configs[0], tokens.vocab_size)
         self._lanes = lanes
         # Every device has as many: the first run fills the gaps.
-        filled = [*configs, *[configs[0]] * (-len(configs) % self.program.mesh.size)]
+        filled = [*configs, *[configs[0]] * (-len(configs) % self._mesh.size)]
         self._seeds = [config.seed for config in filled]
         self._hyperparameters = self._put(
             jax.tree.map(lambda *xs: np.stack(xs), *map(Hyperparameters.of, filled))
@@ -264,7 +266,7 @@ class _Runs:
 
     def _put(self, tree: Any) -> Any:
         """On the devices, divided by runs."""
-        return jax.device_put(tree, NamedSharding(self.program.mesh, PartitionSpec(_AXIS)))
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(_AXIS)))
 
     def _progress(self, line: Line, steps_per_second: float) -> Progress:
         config, program = self.configs[0], self.program

@@ -15,14 +15,9 @@ import pytest
 from configs import ladder_cpu, ladder_paper
 from experiments.cells.cell import FinishedCells
 from experiments.ladder import fit
-from experiments.ladder.plan import (
-    Ladder,
-    Series,
-    default_ladder,
-    default_optimizer,
-    describe,
-)
-from experiments.ladder.report import read_results
+from experiments.ladder.describe import describe
+from experiments.ladder.plan import Ladder, Series, default_ladder, default_optimizer
+from experiments.ladder.report import read_results, result_lines
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
 from experiments.topologies import Slice
 from mup_jax.training.program import Program
@@ -129,9 +124,55 @@ def test_tasks_appear_as_results_do():
     assert missing_tasks(ladder, results | results_of(task.cells, lambda _: 2.0)) == []
 
 
+def test_parametrizations_share_the_base_and_the_largest_rung_has_checks():
+    config = small_ladder(
+        widths=(8, 16, 24), parametrizations=("mup", "sp", "spectral_norm"), max_extensions=0
+    )
+    config.optimizers.muon.weight_decay = 0.1
+    config.optimizers.muon.learning_rates_of = {"spectral_norm": (0.1, 0.2)}
+    ladder = Ladder(config)
+    names = ["adamw", "adamw, sp", "muon", "muon, sp", "muon, spectral_norm"]
+    assert [series.name for series in ladder.series] == names
+    tuning = [t for t in missing_tasks(ladder, {}) if t.vectorized]
+    assert [(t.name, len(t.cells)) for t in tuning] == [
+        ("adamw", 4), ("muon", 4), ("muon, spectral_norm", 4),
+    ]  # fmt: skip
+    rates = [{c.config.optimizer.learning_rate for c in t.cells} for t in tuning]
+    assert rates == [{4e-3, 8e-3}, {1e-2, 2e-2}, {0.1, 0.2}]
+    results = {}
+    for task in tuning:
+        results |= results_of(task.cells, lambda config: config.optimizer.learning_rate)
+    tasks = {(t.size, t.name): t.cells for t in missing_tasks(ladder, results)}
+    assert len(tasks) == 2 * len(names)
+    options = tasks["w16", "muon, sp"][0].config.optimizer.options
+    assert options.learning_rate_scaling == options.weight_decay_scaling == "constant"
+    checks = [
+        (c.config.optimizer.learning_rate, c.config.optimizer.weight_decay)
+        for c in tasks["w24", "muon"]
+    ]
+    assert checks == [(1e-2, 0.1)] * 2 + [(5e-3, 0.1), (2e-2, 0.1), (1e-2, 0.05), (1e-2, 0.2)]
+    assert [len(tasks["w24", name]) for name in names] == [4, 2, 6, 2, 2]
+    assert [len(tasks["w16", name]) for name in names] == [2] * 5
+    results = {cell.name: result_for(cell) for task in tuning for cell in task.cells}
+    lines = result_lines(ladder, results)
+    assert [line["parametrization"] for line in lines].count("spectral_norm") == 4
+
+
+def result_for(cell):
+    """What a report needs of a result."""
+    given = cell.config.optimizer
+    return {
+        "validation_loss": 2.0, "parameters": cell.config.model.width, "seed": cell.config.seed,
+        "optimizer": given.name, "learning_rate": given.learning_rate,
+        "weight_decay": given.weight_decay,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"parametrizations": ("sp",)}, "lacks 'mup'"),
+        ({"parametrizations": ("mup", "pm")}, "unknown parametrization 'pm'.*wd_only"),
         ({"widths": (8,)}, "at least two"),
         ({"widths": (16, 8)}, "ascending"),
         ({"widths": (8, 20)}, "20 is not a multiple of head_dim=8"),
@@ -223,6 +264,25 @@ def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
     output, _ = third.communicate(timeout=60)
     assert third.returncode == 0
     assert "validation loss" not in output  # nothing was trained again
+
+
+@pytest.mark.slow
+def test_workers_share_a_folder(tmp_path):
+    """Two commands at once, one killed: every cell is trained once, and the other reports."""
+    config = tmp_path / "ladder.py"
+    config.write_text(CONFIG_FILE)
+    workdir = tmp_path / "run"
+    both = [start(config, workdir), start(config, workdir)]
+    while not list(workdir.glob("cells/*/result.json")):
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.2)
+    both[0].send_signal(signal.SIGKILL)
+    output, _ = both[1].communicate(timeout=400)
+    assert both[1].returncode == 0, output
+    assert json.loads((workdir / "report.json").read_text())["optimizers"]["muon"]["final_loss"]
+    for cell in workdir.glob("cells/*"):
+        steps = [json.loads(x)["step"] for x in (cell / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_report_needs_results(tmp_path):

@@ -1,0 +1,1 @@
+"""Models of many widths trained with the same compute: which is the best for a budget?"""
