@@ -20,13 +20,14 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from experiments import command
-from experiments.cells.cell import FinishedCells, without_machine
+from experiments.cells.cell import without_machine
 from experiments.cells.run import LAUNCHERS, run_cells
 from experiments.ladder.describe import describe, describe_scaling, estimate
 from experiments.ladder.fit import fit, heading, line
 from experiments.ladder.plan import Ladder
 from experiments.ladder.report import read_results, write_report
-from experiments.ladder.schedule import missing_tasks, work_of
+from experiments.ladder.schedule import work_of
+from experiments.ladder.status import status
 from experiments.topologies import tpu_slice
 from mup_jax.training import claim_workdir
 
@@ -45,9 +46,7 @@ def main(flags: Any) -> None:
     if flags.mode in ("run", "status"):
         claim_workdir(workdir, without_machine(flags.config))
     if flags.mode == "status":
-        results = FinishedCells(workdir)()
-        tasks = missing_tasks(ladder, results)
-        print(f"{len(results)} cells have finished; {sum(len(t.cells) for t in tasks)} can run now")
+        print(status(ladder, workdir))
         return
     if flags.mode == "run":
         print(describe(ladder), flush=True)

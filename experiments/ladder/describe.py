@@ -30,7 +30,7 @@ def describe(ladder: Ladder) -> str:
         ]
         for rung in ladder.rungs
     ]
-    lines = [_aligned(rows), ""]
+    lines = [aligned(rows), ""]
     for series in dict.fromkeys(series.tuned for series in ladder.series):
         rates = ladder.learning_rates(series)
         lines.append(f"{series.name}: tuned on {', '.join(f'{rate:g}' for rate in rates)}")
@@ -51,7 +51,7 @@ def describe_scaling(ladder: Ladder) -> str:
     for series in ladder.series:
         cells = [_factors(ladder, rung, series) for rung in ladder.rungs[1:]]
         factors.append([series.name, *cells])
-    return f"{_aligned(rows)}\n\n{_aligned(factors)}"
+    return f"{aligned(rows)}\n\n{aligned(factors)}"
 
 
 def estimate(ladder: Ladder) -> str:
@@ -192,7 +192,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """A table in plain text, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import jax
 import pytest
 
 from configs import ladder_cpu, ladder_paper
-from experiments.cells.cell import FinishedCells
+from experiments.cells.cell import FinishedCells, folder_of
+from experiments.cells.claims import Claims
+from experiments.ladder import describe as describe_lib
 from experiments.ladder import fit
-from experiments.ladder.describe import describe
+from experiments.ladder.describe import describe, describe_scaling, estimate
 from experiments.ladder.plan import Ladder, Series, default_ladder, default_optimizer
 from experiments.ladder.report import read_results, result_lines
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
+from experiments.ladder.status import status
 from experiments.topologies import Slice
 from mup_jax.training.program import Program
 
@@ -156,6 +160,42 @@ def test_parametrizations_share_the_base_and_the_largest_rung_has_checks():
     results = {cell.name: result_for(cell) for task in tuning for cell in task.cells}
     lines = result_lines(ladder, results)
     assert [line["parametrization"] for line in lines].count("spectral_norm") == 4
+
+
+def test_a_plan_says_what_it_costs_and_scales():
+    config = small_ladder(parametrizations=("mup", "sp"))
+    config.optimizers.muon.weight_decay = 0.1
+    ladder = Ladder(config)
+    scaling = [line.split("  ") for line in describe_scaling(ladder).splitlines()]
+    cells = {line[0]: line[-1].strip() for line in scaling if len(line) > 1}
+    assert cells["adamw"] == "1, 0.5, 0.5; 0.5"
+    assert cells["adamw, sp"] == "1, 1, 1; 1"
+    assert cells["muon"] == "1, 1, 0.5; 0.5"
+    assert cells["muon, sp"] == "1, 1, 1; 1"
+    assert re.match(
+        r"about \d+ min here with 1 worker, .* \(from steps of w8, w16\)", estimate(ladder)
+    )
+
+
+def test_no_estimate_where_a_step_is_too_long(monkeypatch):
+    monkeypatch.setattr(describe_lib, "_peak", lambda: 1e3)
+    assert "too long to be timed here" in estimate(Ladder(small_ladder()))
+
+
+def test_status_counts_what_others_do(tmp_path):
+    ladder = Ladder(small_ladder(max_extensions=0))
+    first, second, *_ = missing_tasks(ladder, {})[0].cells
+    folder = folder_of(first, tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result_for(first)))
+    with Claims().held(folder_of(second, tmp_path)):
+        rows = [line.split() for line in status(ladder, tmp_path).splitlines()]
+    assert rows == [
+        ["rung", "finished", "claimed", "left"],
+        ["w8", "1", "1", "6"],
+        ["w16", "0", "0", "8"],
+        ["all", "1", "1", "14"],
+    ]
 
 
 def result_for(cell):
