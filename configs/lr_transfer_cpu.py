@@ -43,6 +43,7 @@ def small_sweep(steps: int) -> ConfigDict:
     config = default_sweep()
     config.workers = min(os.cpu_count() or 1, 8)
     config.platform = "cpu"
+    config.vectorized = True
     train = config.train
     train.model.update(depth=2, head_dim=16, mlp_ratio=1, mlp="gelu", positions="learned")
     train.base.update(width=16, depth=2)

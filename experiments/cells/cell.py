@@ -73,9 +73,11 @@ class Work:
 
 
 def without_machine(config: ConfigDict) -> ConfigDict:
-    """A copy of what is to be run, without what says where: that does not change its results."""
+    """A copy of what is to be run, without what says where and how: that is not in its results."""
     same = copy.deepcopy(config)
     same.update(workers=1, platform="", train=config_lib.without_machine(config.train))
+    if "vectorized" in same:
+        same.vectorized = False
     return same
 
 

@@ -51,7 +51,8 @@ def default_sweep() -> ConfigDict:
     every size goes on while its best lacks a neighbour, at most `max_extensions` times; otherwise
     every size tries what the base does. `carried` are ways to carry the base's best value to a
     larger size, by exponent of the size: each is tried everywhere. `also` are further values for
-    every size. `workers` and `platform` are those of a ladder.
+    every size. `workers` and `platform` are those of a ladder. With `vectorized` the runs of a
+    curve at one size are trained by one program (`train_vectorized`), without checkpoints.
     """
     return ConfigDict(
         {
@@ -70,6 +71,7 @@ def default_sweep() -> ConfigDict:
             "curves": {"AdamW": {"µP": default_curve()}},
             "workers": 1,
             "platform": "",
+            "vectorized": False,
         }
     )
 

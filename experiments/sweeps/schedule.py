@@ -63,7 +63,8 @@ def missing_tasks(sweep: Sweep, results: Results) -> list[Task]:
             if missing:
                 name = sweep.size_name(size)
                 flops = sweep.flops[name] * len(missing)
-                tasks.append(Task(name, curve.name, missing, flops))
+                vectorized = sweep.config.vectorized
+                tasks.append(Task(name, curve.name, missing, flops, vectorized))
     return sorted(tasks, key=lambda task: sweep.flops[task.size])
 
 

@@ -3,6 +3,7 @@
 from mup_jax.training.checkpoint import CheckpointError
 from mup_jax.training.config import default_config, identity, validate
 from mup_jax.training.loop import Preempted, claim_workdir, train
+from mup_jax.training.vectorized import train_vectorized
 
 __all__ = [
     "CheckpointError",
@@ -11,5 +12,6 @@ __all__ = [
     "default_config",
     "identity",
     "train",
+    "train_vectorized",
     "validate",
 ]

@@ -32,6 +32,7 @@ from mup_jax.training.record import step_times
 from mup_jax.training.throughput import Progress, utilization
 
 _AXIS = "runs"
+_REFRESHING = ("shampoo", "soap", "sophia")
 # Steps between two looks at the device.
 _CHUNK = 32
 
@@ -64,8 +65,9 @@ def train_vectorized(
       configs: equal in all that a program is made of (`program_identity`).
       workdirs: of each run alone.
       on_progress: called now and then, with the place of a run in `configs`.
-      lanes: runs that a device takes at once; None for 1 on a CPU, whose caches hold no more, and
-        for all of them elsewhere.
+      lanes: runs that a device takes at once, vectorized; None for 1 on a CPU, whose caches hold no
+        more, and of optimizers that refresh something now and then, which vectorized they do at
+        every step; for all runs otherwise.
 
     Returns:
       For each run the contents of its result.json. Of "seconds", "total" and "compile" are an equal
@@ -84,7 +86,8 @@ def train_vectorized(
         claim_run(path, config, tokens)
     devices = min(jax.local_device_count(), len(configs))
     if lanes is None:
-        lanes = 1 if jax.default_backend() == "cpu" else len(configs)
+        one = jax.default_backend() == "cpu" or first.optimizer.name in _REFRESHING
+        lanes = 1 if one else len(configs)
     with jax.set_mesh(_mesh(devices)):
         start = time.perf_counter()
         runs = _Runs(configs, tokens, lanes)

@@ -172,6 +172,11 @@ def test_a_plan_says_what_it_costs_and_scales():
     assert cells["adamw, sp"] == "1, 1, 1; 1"
     assert cells["muon"] == "1, 1, 0.5; 0.5"
     assert cells["muon, sp"] == "1, 1, 1; 1"
+
+
+@pytest.mark.slow
+def test_an_estimate_of_the_time():
+    ladder = Ladder(small_ladder(parametrizations=("mup", "sp")))
     assert re.match(
         r"about \d+ min here with 1 worker, .* \(from steps of w8, w16\)", estimate(ladder)
     )
