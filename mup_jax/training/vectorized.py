@@ -33,6 +33,8 @@ from mup_jax.training.throughput import Progress, utilization
 
 _AXIS = "runs"
 _REFRESHING = ("shampoo", "soap", "sophia")
+# Numbers kept of a token in a layer, in units of the width: twice those of the matrix products.
+_ACTIVATIONS = 40
 # Steps between two looks at the device.
 _CHUNK = 32
 
@@ -41,12 +43,16 @@ def most_runs(config: ConfigDict, vocab_size: int, memory: int) -> int:
     """How many runs of this program fit into so many bytes on every device, at least 1.
 
     Counts parameters and optimizer state twice, the new beside the old, and again as much for what
-    a step computes in between.
+    the optimizer computes in between; and logits and activations, none computed again, as float32.
     """
     with jax.set_mesh(_mesh(1)):
-        state = Program(config, vocab_size).abstract_state
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return max(1, memory // (4 * size)) * jax.local_device_count()
+        program = Program(config, vocab_size)
+        state = program.abstract_state
+    of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    model = program.model
+    of_token = 3 * vocab_size + _ACTIVATIONS * model.depth * model.width
+    size = 4 * of_state + 4 * config.batch_size * config.context * of_token
+    return max(1, memory // size) * jax.local_device_count()
 
 
 def train_vectorized(
@@ -63,7 +69,7 @@ def train_vectorized(
 
     Args:
       configs: equal in all that a program is made of (`program_identity`).
-      workdirs: of each run alone.
+      workdirs: of each run alone; what is there of an unfinished run begins again.
       on_progress: called now and then, with the place of a run in `configs`.
       lanes: runs that a device takes at once, vectorized; None for 1 on a CPU, whose caches hold no
         more, and of optimizers that refresh something now and then, which vectorized they do at
@@ -74,7 +80,8 @@ def train_vectorized(
       share of those of the program, and "together" is how many runs shared it.
 
     Raises:
-      ValueError: as `train`; or the runs differ in more than a program's arguments.
+      ValueError: as `train`; the runs differ in more than a program's arguments, or one of them
+        has finished.
     """
     _check(configs)
     for config in configs:
@@ -83,6 +90,8 @@ def train_vectorized(
     first = configs[0]
     tokens = load_tokens(first.data.source, first.data.tokenizer)
     for config, path in zip(configs, paths, strict=True):
+        if (path / "result.json").exists():
+            raise ValueError(f"the run in {path} has finished: leave it out")
         claim_run(path, config, tokens)
     devices = min(jax.local_device_count(), len(configs))
     if lanes is None:

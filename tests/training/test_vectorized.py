@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mup_jax.training import train
+from mup_jax.training import claim_workdir, train
 from mup_jax.training.vectorized import _chunks, most_runs, train_vectorized
 from tests.training.tiny import STEPS, program_of, tiny_config
 
@@ -81,16 +81,20 @@ def test_runs_of_different_programs_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_finished_and_foreign_folders_are_refused_or_kept(tmp_path):
-    configs = sweep("adamw", rates=(1e-3, 2e-3), seeds=(0,), measure_optimizer=False)
-    train(configs[0], tmp_path / "a")
+def test_folders_of_finished_and_of_other_runs_are_refused(tmp_path):
+    configs = sweep("adamw", rates=(1e-3, 2e-3), seeds=(0,))
+    folders = tmp_path / "a", tmp_path / "b"
+    claim_workdir(folders[1], configs[0])
     with pytest.raises(ValueError, match="belongs to another configuration"):
-        train_vectorized(configs, [tmp_path / "b", tmp_path / "a"])
+        train_vectorized(configs, folders)
+    (folders[0] / "result.json").touch()
+    with pytest.raises(ValueError, match="a has finished: leave it out"):
+        train_vectorized(configs, folders)
 
 
 def test_how_many_fit():
     config = tiny_config()
-    few, many = (most_runs(config, 96, memory) for memory in (10**6, 10**7))
+    few, many = (most_runs(config, 96, memory) for memory in (10**7, 10**8))
     assert few >= 1
     assert many >= 8 * few
     assert most_runs(config, 96, 0) == jax.local_device_count()
