@@ -71,10 +71,14 @@ def define_flags() -> None:
     absl_flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
 
 
-if __name__ == "__main__":
+def run() -> None:
     command.run(
         main,
         config="configs/ladder_cpu.py",
         workdir="runs/ladder_cpu",
         define_flags=define_flags,
     )
+
+
+if __name__ == "__main__":
+    run()

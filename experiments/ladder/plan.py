@@ -36,7 +36,11 @@ class Series(NamedTuple):
 
 
 class Rung(NamedTuple):
-    """One model size of a ladder; `flops` are those of model training, per run."""
+    """One model size of a ladder.
+
+    `flops` are those of training the model on all `tokens`, of which a last incomplete batch is
+    left out.
+    """
 
     name: str
     width: int
@@ -231,10 +235,9 @@ class Ladder:
         config.model.width, config.model.depth = width, self.config.depth
         model = config_lib.model_config(config, self.vocab_size)
         parameters = num_parameters(model)
-        per_step = config.batch_size * config.context
         config.tokens = int(self.config.tokens_per_parameter * parameters)
         steps = config_lib.steps_of(config)
-        flops = 3 * forward_flops_per_token(model, config.context) * steps * per_step
+        flops = 3 * forward_flops_per_token(model, config.context) * config.tokens
         return Rung(
             rung_name(width), width, self.config.depth, parameters, config.tokens, steps, flops
         )

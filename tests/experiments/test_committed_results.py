@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import scale_ladder
 from mup_jax import data
 from mup_jax.analysis import sweeps
 from mup_jax.analysis.sweep_figure import write_sweep_figure
@@ -47,6 +48,38 @@ def test_reports_of_sweeps_follow_from_their_losses(folder, tmp_path):
     assert sweeps.markdown(results, title, "figure.png", command) == report
     write_sweep_figure(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 20_000
+
+
+def test_the_ladder_is_reported_again_from_its_lines_alone(tmp_path, run_command):
+    (tmp_path / "results.jsonl").write_text(RESULTS.read_text())
+    arguments = "--config=configs/ladder_cpu.py:full", f"--workdir={tmp_path}", "--mode=report"
+    assert run_command(scale_ladder.run, *arguments) == 0
+    for name in ("results.jsonl", "report.md"):
+        assert (tmp_path / name).read_text() == (RESULTS.parent / name).read_text()
+    assert_same_numbers(*(json.loads((folder / "report.json").read_text())
+                          for folder in (tmp_path, RESULTS.parent)))  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    figures = sorted(path.name for path in RESULTS.parent.glob("*.png"))
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == figures
+    assert page.count('src="data:image/png;base64,') == len(figures) == 4
+    assert "http" not in page  # nothing is loaded from elsewhere
+
+
+def assert_same_numbers(here, there, path=""):
+    """Equal but for the last digits, which processors disagree on."""
+    assert type(here) is type(there), path
+    if isinstance(here, dict):
+        assert here.keys() == there.keys(), path
+        for key in here:
+            assert_same_numbers(here[key], there[key], f"{path}.{key}")
+    elif isinstance(here, list):
+        assert len(here) == len(there), path
+        for i, pair in enumerate(zip(here, there, strict=True)):
+            assert_same_numbers(*pair, f"{path}[{i}]")
+    elif isinstance(here, float):
+        assert here == pytest.approx(there, rel=1e-6), path
+    else:
+        assert here == there, path
 
 
 @pytest.mark.slow
