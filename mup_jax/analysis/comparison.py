@@ -96,13 +96,16 @@ def _multipliers(
 ) -> dict[str, Any]:
     summary = report["optimizers"][name]
     costs = _costs(report, cost, summary)
-    if name == report["baseline"]:
-        parity = {"value": 1.0, "extrapolated": False, "low": 1.0, "high": 1.0}
-        return {rung: dict(parity) for rung in costs}
+    parity = {
+        rung: {"value": 1.0, "extrapolated": False, "low": 1.0, "high": 1.0}
+        for rung in costs
+        if _is_baseline(report, summary, rung)
+    }
+    costs = {rung: value for rung, value in costs.items() if rung not in parity}
     curve_cost, curve_losses = _curve(report, cost)
     curve_loss = [float(np.mean(cell)) for cell in curve_losses]
     if len(curve_cost) < 2 or not costs:
-        return {}
+        return parity
     loss = np.array([summary["final_loss"][rung] for rung in costs])
     outside = is_extrapolated(loss, baseline_loss=curve_loss)
     values = compute_multiplier(
@@ -131,7 +134,14 @@ def _multipliers(
             # JSON has no infinity: an unbounded interval is left out, and a note says so.
             if np.isfinite(high):
                 entries[rung] |= {"low": float(low), "high": float(high)}
-    return entries
+    return parity | entries
+
+
+def _is_baseline(report: Mapping[str, Any], summary: Mapping[str, Any], rung: str) -> bool:
+    """Whether these are the baseline's own runs, as at the base in all parametrizations."""
+    of_baseline = report["optimizers"][report["baseline"]]["final_loss_by_seed"].get(rung)
+    is_optimizer = summary["optimizer"] == report["baseline"]
+    return is_optimizer and summary["final_loss_by_seed"][rung] == of_baseline
 
 
 def _add_sensitivity(report: Mapping[str, Any], summary: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def _learning_rate_sweeps(
                 for line in results
                 if (series_name(line["optimizer"], line.get("parametrization", "mup"))) == name
                 and line["rung"] == rung
-                and line["learning_rate"] in dict(sweep)
+                and line["weight_decay"] == summary["weight_decay"]
                 and line["validation_loss"] is not None
             ]
             means = [(rate, loss) for rate, loss in sweep if loss is not None]

@@ -128,7 +128,7 @@ def _close_to_parity(report: Report) -> Iterator[str]:
         close = [
             rung
             for rung, x in summary["compute_multiplier"].items()
-            if "low" in x and x["low"] <= 1 <= x["high"]
+            if "low" in x and x["low"] <= 1 <= x["high"] and x["low"] < x["high"]
         ]
         if close:
             yield f"{name} at {', '.join(close)}: more seeds could put it on either side of 1."

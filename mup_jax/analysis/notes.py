@@ -98,7 +98,7 @@ def _on_multipliers(name: str, multipliers: Mapping[str, Any], baseline: str) ->
     undecided = [
         rung
         for rung, entry in multipliers.items()
-        if "low" in entry and entry["low"] <= 1 <= entry["high"]
+        if "low" in entry and entry["low"] <= 1 <= entry["high"] and entry["low"] < entry["high"]
     ]
     unbounded = [rung for rung, entry in multipliers.items() if "low" not in entry]
     if outside:

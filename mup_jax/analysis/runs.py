@@ -23,12 +23,14 @@ class Series:
 
     Attributes:
       optimizer, parametrization: by name.
+      weight_decay: λ of the base, of all runs but those of `by_decay`.
       by_rung: rung -> base learning rate -> lines, both ascending.
       by_decay: rung -> weight decay of the base -> lines, of those that differ in it.
     """
 
     optimizer: str
     parametrization: str
+    weight_decay: float
     by_rung: dict[str, dict[float, list[Line]]] = field(default_factory=dict)
     by_decay: dict[str, dict[float, list[Line]]] = field(default_factory=dict)
 
@@ -71,7 +73,6 @@ def series_of(results: Sequence[Line], rungs: Sequence[Mapping[str, Any]]) -> di
     order = lambda key: (key[0] != BASELINE, key[1] != "mup")
     found: dict[str, Series] = {}
     for optimizer, parametrization in sorted(keys, key=order):
-        series = Series(optimizer, parametrization)
         of_optimizer = [line for line in results if line["optimizer"] == optimizer]
         own = [line for line in of_optimizer if _parametrization(line) == parametrization]
         at_base = [line for line in own if line["rung"] == base] or [
@@ -79,7 +80,8 @@ def series_of(results: Sequence[Line], rungs: Sequence[Mapping[str, Any]]) -> di
             for line in of_optimizer
             if line["rung"] == base and _parametrization(line) == "mup"
         ]
-        decay = next((line["weight_decay"] for line in at_base or own), 0.0)
+        decay = (at_base or own)[0]["weight_decay"]
+        series = Series(optimizer, parametrization, decay)
         for rung in rungs:
             of_rung = [line for line in own if line["rung"] == rung["name"]]
             lines = at_base if rung["name"] == base else of_rung

@@ -40,9 +40,10 @@ def summarize(results: Sequence[Line]) -> dict[str, Any]:
       - `rungs`: ascending; name, width, depth, parameters, tokens, steps, batch_size, training
         flops.
       - `optimizers[name]`, where the name is that of the optimizer in µP, and "optimizer,
-        parametrization" otherwise: `optimizer`, `parametrization`, `best_learning_rate` (tuned at
-        the smallest rung, best of those tried at larger ones), `learning_rate_sweep` ([learning
-        rate, mean loss or None], all that was tried), `checks` (see `_checks`), `final_loss`,
+        parametrization" otherwise: `optimizer`, `parametrization`, `weight_decay` (λ of the base),
+        `best_learning_rate` (tuned at the smallest rung, best of those tried at larger ones),
+        `learning_rate_sweep` ([learning rate, mean loss or None], all that was tried), `checks`
+        (see `_checks`), `final_loss`,
         `final_loss_by_seed` (None where diverged), `multipliers` and `compute_multiplier` and
         `law_multiplier` (see `add_multipliers`), `coordinate_check` (feature change relative to the
         smallest rung), `optimizer_flops_share`, `optimizer_seconds_share`, `seconds_per_run` (of
@@ -101,6 +102,7 @@ def _optimizer(
     return {
         "optimizer": series.optimizer,
         "parametrization": series.parametrization,
+        "weight_decay": series.weight_decay,
         "best_learning_rate": {rung: rate for rung, rate in best.items() if rate is not None},
         "learning_rate_sweep": {
             rung: [[rate, _finite_or_none(mean_loss(lines))] for rate, lines in by_rate.items()]
@@ -148,13 +150,13 @@ def _checks(
         if rung == base_rung:
             continue
         of_seed = {line["seed"]: losses([line])[0] for line in transferred}
-        decay = transferred[0]["weight_decay"]
         tried = {
             "learning_rate": {
                 rate / tuned: lines for rate, lines in series.by_rung[rung].items() if rate != tuned
             },
             "weight_decay": {
-                value / decay: lines for value, lines in series.by_decay.get(rung, {}).items()
+                value / series.weight_decay: lines
+                for value, lines in series.by_decay.get(rung, {}).items()
             },
         }
         checks[rung] = {
