@@ -13,6 +13,7 @@ cell is trained once; started again, a ladder goes on where it was interrupted. 
 results.jsonl, report.json, report.md and figures.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def main(flags: Any) -> None:
             print(f"\n{describe_scaling(ladder)}\n", flush=True)
             print(estimate(ladder))
         return
+    if flags.mode == "status" and not (workdir / "config.json").exists():
+        raise ValueError(f"no ladder was begun in {workdir}: start it with --mode=run")
     if flags.mode in ("run", "status"):
         claim_workdir(workdir, without_machine(flags.config))
     if flags.mode == "status":
@@ -52,7 +55,9 @@ def main(flags: Any) -> None:
         print(describe(ladder), flush=True)
         run_cells(work_of(ladder), workdir, flags.launcher)
     config = config_flags.get_config_filename(absl_flags.FLAGS["config"])
-    command = f"python -m experiments.scale_ladder --config={config} --workdir=DIR"
+    overrides = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
+    parts = f"python -m experiments.scale_ladder --config={config} --workdir=DIR", *overrides
+    command = " ".join(parts)
     commands = command, f"{command} --mode=report"
     print(write_report(read_results(ladder, workdir), workdir, commands))
     print(f"report.md, report.html, results.jsonl and figures are in {flags.workdir}")

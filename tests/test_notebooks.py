@@ -1,10 +1,12 @@
 """The notebooks run from top to bottom, and are stored with the figures of a full run."""
 
+import json
 import re
 
 import nbformat
 import pytest
 
+from mup_jax import analysis
 from notebooks.execute import NOTEBOOKS, execute, without_noise
 
 SMALL = {
@@ -15,17 +17,19 @@ SMALL = {
         CHECK_WIDTHS, WIDTHS, LEARNING_RATES, STEPS, BATCH = (8, 16), (8, 32), [2**-4, 0.5], 12, 16
     """,
     "compose_a_chain": "BASE_WIDTH, WIDTH, LAYERS, STEPS, BATCH = 8, 16, 1, 10, 16",
+    "read_a_ladder": 'FOLDER = "results/ladder_cpu"',  # trains nothing
 }
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-# One that trains is enough for a quick look.
+# One that trains is enough for a quick look, beside the one that does not.
+QUICK = ("your_own_optimizer", "read_a_ladder")
 one_notebook = pytest.mark.parametrize(
     "path",
     [
         pytest.param(
             path,
             id=path.stem,
-            marks=[] if path.stem == "your_own_optimizer" else [pytest.mark.slow],
+            marks=[] if path.stem in QUICK else [pytest.mark.slow],
         )
         for path in NOTEBOOKS
     ],
@@ -99,7 +103,7 @@ def test_begins_with_installation_and_ends_with_what_next(path):
 
 def test_links_lead_to_notebooks():
     names = {path.name for path in NOTEBOOKS}
-    assert len(names) == 3
+    assert len(names) == 4
     for path in NOTEBOOKS:
         links = re.findall(r"\]\((\w+\.ipynb)\)", stored(path.stem).cells[-1].source)
         assert links
@@ -132,3 +136,13 @@ def test_chain_says_what_is_missing():
     text = printed(stored("compose_a_chain"))
     for advice in ("MuonDimensionNumbers(-2, -1)", "optax.partition", "no dimension of params"):
         assert advice in text
+
+
+def test_ladder_is_the_one_of_the_report():
+    (path,) = (path for path in NOTEBOOKS if path.stem == "read_a_ladder")
+    folder = path.parent.parent / "results" / "ladder_cpu"
+    report = json.loads((folder / "report.json").read_text())
+    text = printed(stored("read_a_ladder"))
+    assert f"of {len(report['optimizers'])} series" in text
+    for sentence in (analysis.finding(report), *analysis.claims(report)):
+        assert sentence in text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -42,7 +43,8 @@ class Cell:
 class Task(NamedTuple):
     """Cells that share a size and a program, to be run by one process so that it compiles once.
 
-    Where they are small, one program trains all of them (`vectorized`).
+    Where they are small, one program trains all of them (`vectorized`). `claims` has the number to
+    claim each cell with, by name.
     """
 
     size: str
@@ -50,6 +52,7 @@ class Task(NamedTuple):
     cells: list[Cell]
     flops: float
     vectorized: bool = False
+    claims: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,14 @@ class Claims:
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[int, float]] = {}
 
-    def is_taken(self, cell: Path) -> bool:
-        """Whether somebody works on the cell in this folder, as far as is known."""
+    def next_number(self, cell: Path) -> int | None:
+        """The number with which to `take` the cell of this folder; None while somebody has it."""
         path = _latest(cell)
         if path is None:
-            return False
+            return 0
+        return None if self._is_held(path) else int(path.name) + 1
+
+    def _is_held(self, path: Path) -> bool:
         try:
             owner, modified = json.loads(path.read_text() or "{}"), path.stat().st_mtime_ns
         except (OSError, ValueError):  # it is being written
@@ -91,31 +94,28 @@ class Claims:
             return True
         return now - since < STALE_SECONDS
 
-    def take(self, cell: Path) -> Claim | None:
-        """Claims a cell; None where somebody works on it."""
-        if self.is_taken(cell):
-            return None
-        latest = _latest(cell)
-        number = 0 if latest is None else int(latest.name) + 1
-        folder = cell / "claims"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / str(number)
-        try:
-            with path.open("x") as file:
-                json.dump({"machine": _this_machine(), "process": os.getpid()}, file)
-        except FileExistsError:
-            return None
-        return Claim(path)
 
-    @contextmanager
-    def held(self, cell: Path) -> Iterator[Claim | None]:
-        """As `take`, for as long as the context lasts."""
-        claim = self.take(cell)
-        try:
-            yield claim
-        finally:
-            if claim:
-                claim.release()
+def take(cell: Path, number: int) -> Claim | None:
+    """Claims the cell of this folder with a number of `Claims.next_number`; None if others did."""
+    path = cell / "claims" / str(number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x") as file:
+            json.dump({"machine": _this_machine(), "process": os.getpid()}, file)
+    except FileExistsError:
+        return None
+    return Claim(path)
+
+
+@contextmanager
+def held(cell: Path, number: int) -> Iterator[Claim | None]:
+    """As `take`, for as long as the context lasts."""
+    claim = take(cell, number)
+    try:
+        yield claim
+    finally:
+        if claim:
+            claim.release()
 
 
 def _latest(cell: Path) -> Path | None:
@@ -126,10 +126,11 @@ def _latest(cell: Path) -> Path | None:
 def _this_machine() -> str:
     """Where a number means one process: containers of one host count on their own."""
     try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
-        space = ""
-    return f"{platform.node()} {space}"
+        boot = space = ""
+    return f"{platform.node()} {boot} {space}"
 
 
 def _is_alive(process: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.cells.cell import FinishedCells, Results, Task, Work, folder_of
 from experiments.cells.claims import Claims
 
-_POLL_SECONDS = 2.0
+_POLL_SECONDS = 5.0
 
 # Begins a task on a worker that is free; the future ends as the task does.
 Submit = Callable[[Task], Future[None]]
@@ -49,23 +49,23 @@ def run_cells(work: Work, workdir: Path, launcher: str = "local") -> Results:
             running = {(task.size, task.name) for task in active.values()}
             for task in missing:
                 free = len(active) < work.workers and (task.size, task.name) not in running
-                if free and (task := _without_taken(task, claims, workdir)).cells:
+                if free and (task := _claimable(task, claims, workdir)).cells:
                     active[submit(task)] = task
-            if active:
-                done, _ = wait(active, return_when=FIRST_COMPLETED)
-            else:
+            if not active:
                 time.sleep(_POLL_SECONDS)  # all that is left is in the hands of others
-                done = set()
+            # What others finish, or leave, may be more to do for workers that are free.
+            done, _ = wait(active, _POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 del active[future]
                 future.result()
         return finished()
 
 
-def _without_taken(task: Task, claims: Claims, workdir: Path) -> Task:
+def _claimable(task: Task, claims: Claims, workdir: Path) -> Task:
     """The task without the cells on which other workers of the folder are at work."""
-    free = [cell for cell in task.cells if not claims.is_taken(folder_of(cell, workdir))]
-    return task._replace(cells=free)
+    numbers = {cell.name: claims.next_number(folder_of(cell, workdir)) for cell in task.cells}
+    free = {name: number for name, number in numbers.items() if number is not None}
+    return task._replace(cells=[cell for cell in task.cells if cell.name in free], claims=free)
 
 
 def _find(launcher: str) -> Launcher:

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
+from experiments.cells import claims
 from experiments.cells.cell import Cell, Task, folder_of
-from experiments.cells.claims import Claim, ClaimLost, Claims
+from experiments.cells.claims import Claim, ClaimLost
 from mup_jax import data
 from mup_jax.training import train
 from mup_jax.training.throughput import Progress
@@ -35,14 +36,13 @@ def run_task(task: Task, workdir: Path, reports: Any) -> None:
 
     Cells that another worker has claimed are left to that one.
     """
-    claims = Claims()
     groups = _groups(task.cells, workdir) if task.vectorized else [[cell] for cell in task.cells]
     for group in groups:
         with contextlib.ExitStack() as stack, contextlib.suppress(ClaimLost):
             held = []
             for cell in group:
                 folder = folder_of(cell, workdir)
-                claim = stack.enter_context(claims.held(folder))
+                claim = stack.enter_context(claims.held(folder, task.claims[cell.name]))
                 if claim and not (folder / "result.json").exists():
                     held.append((cell, claim))
             if held:

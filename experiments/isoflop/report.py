@@ -45,13 +45,15 @@ def results_of(plan: IsoFlop, finished: Results) -> dict[str, Any]:
 
 def write_report(results: dict[str, Any], workdir: Path, command: str) -> None:
     """Writes results.json, report.md and figure.png."""
-    write_atomically(workdir / "results.json", json.dumps(results) + "\n")
+    write_atomically(workdir / "results.json", json.dumps(results, allow_nan=False) + "\n")
     write_isoflop_figure(results, workdir / "figure.png")
     write_atomically(workdir / "report.md", markdown(results, "figure.png", command))
 
 
 def _model(plan: IsoFlop, model: Model, label: str, finished: Results) -> dict[str, Any]:
-    cells = [cell for cell in plan.cells(model, label) if cell.name in finished]
+    cells = plan.cells(model, label)
+    if any(cell.name not in finished for cell in cells):
+        cells = []  # some seeds are not comparable with all
     return {
         **{key: getattr(model, key) for key in ("width", "parameters", "tokens", "steps")},
         "flops": model.flops,

@@ -15,6 +15,7 @@ class Parametrization:
       description: what it does, for reports.
       options: of the optimizer; those of ε are left out where it has none.
       optimizer: the only one that has it; empty for all that have the options.
+      same_as_mup: optimizers for which it would be no other than "mup", and that do not have it.
       tuned_alone: whether the options count at the base too, so that it has a learning rate of its
         own; otherwise all parametrizations are one there.
     """
@@ -22,13 +23,15 @@ class Parametrization:
     description: str
     options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = ""
+    same_as_mup: tuple[str, ...] = ()
     tuned_alone: bool = False
 
     def options_of(self, optimizer: str) -> dict[str, Any] | None:
         """The options for an optimizer; None where it does not have this parametrization."""
         known = inspect.signature(OPTIMIZERS[optimizer]).parameters
         options = {k: v for k, v in self.options.items() if k in known or k != "scale_epsilon"}
-        if self.optimizer not in ("", optimizer) or not options.keys() <= known.keys():
+        excluded = self.optimizer not in ("", optimizer) or optimizer in self.same_as_mup
+        if excluded or not options.keys() <= known.keys():
             return None
         return options
 
@@ -48,6 +51,7 @@ PARAMETRIZATIONS = {
     "lr_and_wd_1/width": Parametrization(
         "η by Adam's rule for every optimizer (Muon with 1/d_in), λ ∝ 1/width",
         {"learning_rate_scaling": "1/width"},
+        same_as_mup=("adamw", "adopt", "lion"),
     ),
     "spectral_norm": Parametrization(
         "matrix updates of a fixed spectral norm, η the same at every size, λ ∝ 1/width",

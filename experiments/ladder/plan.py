@@ -120,6 +120,7 @@ class Ladder:
         self.config = config
         self._check()
         self.vocab_size = data.vocab_size(config.train.data.source, config.train.data.tokenizer)
+        self._cells: dict[tuple[str, Series, float, int, float], Cell] = {}
         self.rungs = [self._rung(width) for width in config.widths]
         self.series = [
             Series(optimizer, parametrization)
@@ -151,6 +152,14 @@ class Ladder:
         """The run of one series at one rung; the learning rate is that of the base."""
         if rung == self.rungs[0]:
             series = series.tuned
+        key = (rung.name, series, learning_rate, seed, decay_factor)
+        if key not in self._cells:  # a schedule asks again and again
+            self._cells[key] = self._make_cell(rung, series, learning_rate, seed, decay_factor)
+        return self._cells[key]
+
+    def _make_cell(
+        self, rung: Rung, series: Series, learning_rate: float, seed: int, decay_factor: float
+    ) -> Cell:
         settings = self.config.optimizers[series.optimizer]
         scaling = PARAMETRIZATIONS[series.parametrization].options_of(series.optimizer) or {}
         config = copy.deepcopy(self.config.train)
@@ -204,6 +213,11 @@ class Ladder:
             grids = {"learning_rates": settings.learning_rates}
             for parametrization, rates in settings.learning_rates_of.items():
                 _check_parametrization(parametrization, f"config.optimizers.{name}")
+                if not PARAMETRIZATIONS[parametrization].tuned_alone:
+                    raise ValueError(
+                        f"config.optimizers.{name}.learning_rates_of.{parametrization}: it shares "
+                        "the learning rate of mup, leave it out"
+                    )
                 grids[f"learning_rates_of.{parametrization}"] = rates
             for key, rates in grids.items():
                 if not rates or list(rates) != sorted(rates) or rates[0] <= 0:
@@ -228,6 +242,9 @@ class Ladder:
             raise ValueError(
                 f"config.tokens_per_parameter={config.tokens_per_parameter}: give a value > 0"
             )
+        checks = list(config.checks)
+        if len({1.0, *checks}) <= len(checks) or any(factor <= 0 for factor in checks):
+            raise ValueError(f"config.checks={checks}: give factors > 0 but 1, each once")
         check_workers(config.workers, config.platform)
 
     def _rung(self, width: int) -> Rung:

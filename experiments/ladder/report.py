@@ -1,7 +1,7 @@
 """The files that a ladder ends with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ _RESULTS = "results.jsonl"
 
 
 def read_results(ladder: Ladder, workdir: Path) -> list[dict[str, Any]]:
-    """What has finished: from the folders of the cells, or where those are gone from results.jsonl.
+    """What has finished: from the folders of the cells, and where those are gone results.jsonl.
 
     Raises:
       ValueError: nothing has.
     """
-    lines = result_lines(ladder, FinishedCells(workdir)()) or read_lines(workdir / _RESULTS)
+    lines = {line["cell"]: line for line in read_lines(workdir / _RESULTS)}
+    lines |= {line["cell"]: line for line in result_lines(ladder, FinishedCells(workdir)())}
     if not lines:
         raise ValueError(f"no cell in {workdir} has finished: run the ladder before its report")
-    return lines
+    return _sorted(lines.values())
 
 
 def result_lines(ladder: Ladder, results: Results) -> list[dict[str, Any]]:
@@ -41,6 +42,10 @@ def result_lines(ladder: Ladder, results: Results) -> list[dict[str, Any]]:
         for cell in cells
         if cell.name in results
     ]
+    return _sorted(lines)
+
+
+def _sorted(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     order = ("parameters", "optimizer", "parametrization", "learning_rate", "weight_decay", "seed")
     return sorted(lines, key=lambda line: [line[key] for key in order])
 

@@ -17,10 +17,8 @@ def mean_loss(cells: list[Cell], results: Results) -> float:
 def tune(ladder: Ladder, series: Series, results: Results) -> tuple[list[Cell], float | None]:
     """All tuning cells known to be needed and, once they have finished, the best learning rate.
 
-    While the best stands at an edge, the grid grows by one learning rate on that side.
-
-    Raises:
-      ValueError: every learning rate diverged.
+    While the best stands at an edge, the grid grows by one learning rate on that side. There is no
+    best where all diverged: nothing of the series is transferred then, and the report says so.
     """
     series = series.tuned
     rates = ladder.learning_rates(series)
@@ -31,9 +29,7 @@ def tune(ladder: Ladder, series: Series, results: Results) -> tuple[list[Cell], 
         loss = {rate: mean_loss(ladder.tuning_cells(series, [rate]), results) for rate in rates}
         best = min(rates, key=loss.__getitem__)
         if loss[best] == math.inf:
-            raise ValueError(
-                f"{series.name} diverged at every learning rate of {rates}: choose a lower grid"
-            )
+            return cells, None
         if not extensions_left or rates[0] < best < rates[-1]:
             break
         if best == rates[0]:
@@ -76,7 +72,8 @@ def remaining_cells(ladder: Ladder, results: Results) -> dict[str, int]:
     for task in missing_tasks(ladder, results):
         counts[task.size] += len(task.cells)
     for series in ladder.series:
-        if tune(ladder, series, results)[1] is None:
+        cells, best = tune(ladder, series, results)
+        if best is None and any(cell.name not in results for cell in cells):
             for rung in ladder.rungs[1:]:
                 counts[rung.name] += len(ladder.transfer_cells(rung, series, 1.0))
     return counts

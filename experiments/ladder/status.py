@@ -23,7 +23,7 @@ def status(ladder: Ladder, workdir: Path) -> str:
         for cell in cells:
             if cell.name in results:
                 finished[rung.name] += 1
-            elif claims.is_taken(folder_of(cell, workdir)):
+            elif claims.next_number(folder_of(cell, workdir)) is None:
                 claimed[rung.name] += 1
     counts: dict[str, tuple[int, ...]] = {
         rung: (finished[rung], claimed[rung], left - claimed[rung])

@@ -37,7 +37,8 @@ def add_multipliers(report: dict[str, Any]) -> list[str]:
     - `law_multiplier`: likewise, of the law fitted to the baseline in place of interpolation.
 
     The report gets `law` (E, A, α, points and doubt; or the doubt alone, where there is no law) and
-    `power` (slope of the baseline's curve at its end, and seeds by ratio of multipliers), or None.
+    `power` (slope of the baseline's curve at its end, seeds needed by ratio of multipliers, and
+    seeds that were run), or None.
     """
     optimizers, baseline = report["optimizers"], report["baseline"]
     report |= {"law": None, "power": None}
@@ -62,9 +63,14 @@ def add_multipliers(report: dict[str, Any]) -> list[str]:
     except ValueError as error:
         return [f"There are no compute multipliers: {error}."]
 
+    notes = []
+    for cost in COSTS:
+        try:
+            for name, summary in optimizers.items():
+                summary["multipliers"][cost] = _multipliers(report, name, cost)
+        except ValueError as error:  # seconds, of rungs that ran on different machines
+            notes.append(f"There are no multipliers by {cost}: {error}.")
     for name, summary in optimizers.items():
-        for cost in COSTS:
-            summary["multipliers"][cost] = _multipliers(report, name, cost)
         summary["compute_multiplier"] = {
             rung: dict(entry) for rung, entry in summary["multipliers"]["flops"].items()
         }
@@ -72,7 +78,7 @@ def add_multipliers(report: dict[str, Any]) -> list[str]:
             _add_sensitivity(report, summary)
     _add_law(report)
     _add_power(report)
-    return []
+    return notes
 
 
 def _costs(report: Mapping[str, Any], cost: str, summary: Mapping[str, Any]) -> dict[str, float]:
@@ -145,7 +151,8 @@ def _is_baseline(report: Mapping[str, Any], summary: Mapping[str, Any], rung: st
 
 
 def _add_sensitivity(report: Mapping[str, Any], summary: dict[str, Any]) -> None:
-    costs = _costs(report, "flops", summary)
+    entries = summary["compute_multiplier"]
+    costs = {r: cost for r, cost in _costs(report, "flops", summary).items() if r in entries}
     if not costs:
         return
     curve_cost, curve_losses = _curve(report, "flops")
@@ -154,7 +161,6 @@ def _add_sensitivity(report: Mapping[str, Any], summary: dict[str, Any]) -> None
     low, high = noise_band(
         *given, baseline_compute=curve_cost, baseline_loss=curve_loss, noise=LOSS_NOISE
     )
-    entries = summary["compute_multiplier"]
     for i, rung in enumerate(costs):
         entries[rung]["noise_band"] = [float(low[i]), float(high[i])]
     if len(curve_cost) > 2:
@@ -168,8 +174,14 @@ def _add_sensitivity(report: Mapping[str, Any], summary: dict[str, Any]) -> None
 def _add_law(report: dict[str, Any]) -> None:
     curve_cost, curve_losses = _curve(report, "flops")
     optimizers = report["optimizers"]
+    seeds = min(len(cell) for cell in curve_losses)
+    # An outlier is what noise does not do; without one this is the least squares that the
+    # multipliers read.
+    delta = max(LOSS_NOISE, 4 * (report["seed_noise"] or 0.0) / np.sqrt(seeds))
     try:
-        law = fit_scaling_law(curve_cost, [float(np.mean(cell)) for cell in curve_losses])
+        law = fit_scaling_law(
+            curve_cost, [float(np.mean(cell)) for cell in curve_losses], delta=delta
+        )
         by_law = {name: _multipliers(report, name, "flops", "law") for name in optimizers}
     except ValueError as error:
         report["law"] = {"doubt": f"There is no law: {error}."}
@@ -191,9 +203,13 @@ def _add_power(report: dict[str, Any]) -> None:
     curve_cost, curve_losses = _curve(report, "flops")
     cost, loss = np.log(curve_cost[-2:]), np.log([np.mean(cell) for cell in curve_losses[-2:]])
     slope = float((loss[1] - loss[0]) / (cost[1] - cost[0]))
-    report["power"] = {
-        "slope": slope,
-        "seeds": [
-            [ratio, seeds_for_multiplier(ratio, slope, report["seed_noise"])] for ratio in RATIOS
-        ],
-    }
+    cells = sum(len(summary["final_loss"]) for summary in report["optimizers"].values())
+    try:
+        seeds = [
+            [ratio, seeds_for_multiplier(ratio, slope, report["seed_noise"], cells=max(cells, 2))]
+            for ratio in RATIOS
+        ]
+    except ValueError:  # a curve so flat that no number of seeds is enough
+        return
+    run = min(len(cell) for cell in curve_losses)
+    report["power"] = {"slope": slope, "seeds": seeds, "seeds_run": run}

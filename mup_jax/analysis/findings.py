@@ -29,19 +29,28 @@ def finding(report: Report) -> str:
 def claims(report: Report) -> list[str]:
     """The two claims of Qiu et al., and what this ladder says of them."""
     lines = []
-    saving = {
-        name: sum(x.get("low", 0) > 1 for x in summary["compute_multiplier"].values())
+    counts = {
+        name: (sum(x.get("low", 0) > 1 for x in entries.values()), len(entries))
         for name, summary in _in(report, "mup")
-        if summary["compute_multiplier"]
+        if (entries := summary["compute_multiplier"])
     }
-    if saving:
-        all_rungs = len(report["rungs"])
-        holds = sum(rungs == all_rungs for rungs in saving.values())
-        verdict = {len(saving): "holds", 0: "is not shown"}.get(holds, "holds in part")
-        counts = ", ".join(f"{name} at {n} of {all_rungs} rungs" for name, n in saving.items())
+    if counts:
+        saving = [n for n, _ in counts.values()]
+        measured = [n for _, n in counts.values()]
+        known = any(
+            "low" in x for _, s in _in(report, "mup") for x in s["compute_multiplier"].values()
+        )
+        if not known:
+            verdict = "cannot be told without intervals"
+        elif saving == measured:
+            all_rungs = all(n == len(report["rungs"]) for n in measured)
+            verdict = "holds" if all_rungs else "holds so far"
+        else:
+            verdict = "holds in part" if any(saving) else "is not shown"
+        evidence = ", ".join(f"{name} at {n} of {of} rungs" for name, (n, of) in counts.items())
         lines.append(
             "*Carried by the rules, matrix optimizers save compute at every rung*: "
-            f"**{verdict}**: {counts} (90% interval above 1)."
+            f"**{verdict}**: {evidence} (90% interval above 1)."
         )
     top = report["rungs"][-1]["name"]
     losing = {
@@ -67,12 +76,16 @@ def _loses(report: Report, summary: Mapping[str, Any], rung: str) -> str:
     numbers = f"({_short(there)} against {_short(here)} in µP)"
     if not {"low", "high"} <= there.keys() & here.keys():
         return f"cannot be told without intervals {numbers}"
-    if there["high"] < here["low"]:
-        verdict = "**keeps a part**" if there["low"] > 1 else "**loses it**"
-    elif there["low"] > here["high"]:
-        verdict = "**gains**"
-    else:
+    if here["low"] <= 1:
+        verdict = "has **no gain** to lose"
+    elif there["high"] <= 1:
+        verdict = "**loses all of it**"
+    elif there["high"] >= here["low"]:
         verdict = "is **undecided**, the intervals overlap"
+    elif there["low"] > 1:
+        verdict = "**loses a part**"
+    else:
+        verdict = "**loses a part or all**"
     return f"{verdict} {numbers}"
 
 
@@ -107,17 +120,23 @@ def doubts(report: Report) -> list[str]:
 
 
 def _better_checks(report: Report) -> Iterator[str]:
-    """Where half or twice a transferred value was better."""
+    """Where half or twice a transferred value was better, by more than the noise of one pair."""
     for name, summary in report["optimizers"].items():
+        whose = "all others'" if name == report["baseline"] else "its"
         for rung, checks in summary["checks"].items():
+            noise = (report["seed_noise"] or 0.0) * 2**0.5 * summary["final_loss"].get(rung, 0.0)
             for key, tried in checks.items():
-                better = [(x, gap) for x, gap in tried if gap is not None and gap < 0]
-                if better:
-                    factor, gap = min(better, key=lambda pair: pair[1])
-                    kind = key.replace("_", " ")
+                factor, gap = min(
+                    ((x, gap) for x, gap in tried if gap is not None),
+                    key=lambda pair: pair[1],
+                    default=(1.0, 0.0),
+                )
+                if gap < -noise:
+                    direction = "lower" if name == report["baseline"] else "higher"
                     yield (
                         f"{name} at {rung} is better by {-gap:.4f} nats with {factor:g} times the "
-                        f"transferred {kind}: tuned there, its multiplier would be higher."
+                        f"transferred {key.replace('_', ' ')}: tuned there, {whose} multiplier "
+                        f"would be {direction}."
                     )
 
 
@@ -153,11 +172,12 @@ def _of_law(report: Report) -> Iterator[str]:
 
 def _of_power(report: Report) -> Iterator[str]:
     if report["power"]:
-        needed = dict(map(tuple, report["power"]["seeds"]))
-        yield (
-            f"Multipliers that differ by less than {_RATIO - 1:.0%} are out of reach: to tell them "
-            f"apart takes {needed[_RATIO]} seeds a cell with this noise (power 80%)."
-        )
+        needed = dict(map(tuple, report["power"]["seeds"]))[_RATIO]
+        if needed > report["power"]["seeds_run"]:
+            yield (
+                f"Multipliers that differ by less than {_RATIO - 1:.0%} are out of reach: to tell "
+                f"them apart takes {needed} seeds a cell with this noise (power 80%)."
+            )
 
 
 def _in(report: Report, parametrization: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -34,8 +34,8 @@ class Vertex(NamedTuple):
 
     Attributes:
       value: its tokens per parameter; None where `problem` says why there is none.
-      low, high: the interval of `value`; 0 and inf where noise could have turned the parabola over.
-        None where there is no value, or nothing to estimate the noise from.
+      low, high: the interval of `value`; 0 and None where noise could have turned the parabola
+        over, both None where there is no value, or nothing to estimate the noise from.
       loss: the parabola's there.
       problem: empty, or why nothing is claimed.
       parabola: its coefficients in log tokens per parameter, highest first; None where fewer than
@@ -204,6 +204,8 @@ def _interval(
     highest = np.where(np.isnan(drawn), np.inf, drawn)
     low = np.quantile(lowest, tails[0], method="lower")
     high = np.quantile(highest, tails[1], method="higher")
+    if np.isinf(low) or np.isinf(high):
+        return 0.0, None
     return float(np.exp(low)), float(np.exp(high))
 
 

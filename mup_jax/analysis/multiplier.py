@@ -95,7 +95,8 @@ def compute_multiplier(
         log_needed = _log_baseline_compute(
             np.log(loss).ravel(), np.log(curve_compute), np.log(curve_loss)
         )
-    return np.exp(log_needed).reshape(loss.shape) / compute
+    with np.errstate(over="ignore"):  # of a nearly flat curve
+        return np.exp(log_needed).reshape(loss.shape) / compute
 
 
 def is_extrapolated(loss: ArrayLike, *, baseline_loss: ArrayLike) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mup_jax.analysis.runs import Line, Series, best_rate, losses, mean_loss
+from mup_jax.analysis.runs import Line, Series, best_rate, losses, mean_loss, paired
 
 
 def notes_on_lines(results: Sequence[Line]) -> list[str]:
@@ -74,7 +74,7 @@ def _on_transfer(
     noise: float | None,
 ) -> list[str]:
     """Says so when another learning rate was better by more than two standard errors."""
-    best = best_rate(by_rate)
+    best, by_rate = best_rate(by_rate), paired(by_rate)
     if best is None or best == tuned:
         return []
     loss, best_loss = mean_loss(by_rate[tuned]), mean_loss(by_rate[best])

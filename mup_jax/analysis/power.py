@@ -143,7 +143,10 @@ def _power(ratio: float, seeds: int, confidence: float, cells: float) -> float:
         return stats.norm.sf(critical - ratio) + stats.norm.cdf(-critical - ratio)
     dof = cells * (seeds - 1)
     critical = stats.t.ppf(upper, dof)
-    return stats.nct.sf(critical, dof, ratio) + stats.nct.cdf(-critical, dof, ratio)
+    if ratio == 0:
+        return 1 - confidence
+    # Both sides of the noncentral t at once, whose own far tail scipy does not have.
+    return stats.ncf.sf(critical**2, 1, dof, ratio**2)
 
 
 def _least_seeds(cells: float) -> int:

@@ -105,8 +105,17 @@ def mean_loss(lines: Iterable[Line]) -> float:
     return float(np.mean(losses(lines)))
 
 
+def paired(by_rate: Mapping[float, Sequence[Line]]) -> Mapping[float, Sequence[Line]]:
+    """The runs of those seeds that every learning rate has; all runs where there is none."""
+    common = set.intersection(*({line["seed"] for line in of} for of in by_rate.values()))
+    if not common:
+        return by_rate
+    return {rate: [line for line in of if line["seed"] in common] for rate, of in by_rate.items()}
+
+
 def best_rate(by_rate: Mapping[float, Sequence[Line]]) -> float | None:
-    """The learning rate of the lowest mean loss; None where all diverged."""
+    """The learning rate of the lowest mean loss, of equal seeds; None where all diverged."""
+    by_rate = paired(by_rate)
     best = min(by_rate, key=lambda rate: mean_loss(by_rate[rate]))
     return best if np.isfinite(mean_loss(by_rate[best])) else None
 

@@ -15,6 +15,7 @@ from mup_jax.analysis.runs import (
     best_rate,
     losses,
     mean_loss,
+    paired,
     rungs_of,
     series_of,
 )
@@ -42,7 +43,7 @@ def summarize(results: Sequence[Line]) -> dict[str, Any]:
       - `optimizers[name]`, where the name is that of the optimizer in µP, and "optimizer,
         parametrization" otherwise: `optimizer`, `parametrization`, `weight_decay` (λ of the base),
         `best_learning_rate` (tuned at the smallest rung, best of those tried at larger ones),
-        `learning_rate_sweep` ([learning rate, mean loss or None], all that was tried), `checks`
+        `learning_rate_sweep` ([learning rate, mean loss of equal seeds or None]), `checks`
         (see `_checks`), `final_loss`,
         `final_loss_by_seed` (None where diverged), `multipliers` and `compute_multiplier` and
         `law_multiplier` (see `add_multipliers`), `coordinate_check` (feature change relative to the
@@ -87,7 +88,11 @@ def _optimizer(
     chosen = {rung: by_rate[tuned] for rung, by_rate in series.by_rung.items() if tuned in by_rate}
     by_seed = {rung: losses(lines) for rung, lines in chosen.items()}
     changes = {
-        rung: [x["coordinate_check"]["feature_change_rms"] for x in lines if x["coordinate_check"]]
+        rung: [
+            check["feature_change_rms"]
+            for check in (line["coordinate_check"] for line in lines)
+            if check and check["feature_change_rms"] is not None
+        ]
         for rung, lines in chosen.items()
     }
     base_changes = changes.get(base_rung)
@@ -105,7 +110,9 @@ def _optimizer(
         "weight_decay": series.weight_decay,
         "best_learning_rate": {rung: rate for rung, rate in best.items() if rate is not None},
         "learning_rate_sweep": {
-            rung: [[rate, _finite_or_none(mean_loss(lines))] for rate, lines in by_rate.items()]
+            rung: [
+                [rate, _finite_or_none(mean_loss(lines))] for rate, lines in paired(by_rate).items()
+            ]
             for rung, by_rate in series.by_rung.items()
         },
         "checks": {} if tuned is None else _checks(series, chosen, base_rung, tuned),

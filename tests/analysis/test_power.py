@@ -72,3 +72,14 @@ def test_a_multiplier_is_a_difference_of_loss():
 def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("noise", [3e-4, 8e-4, 3e-3, 1e-2])
+def test_larger_differences_need_no_more_seeds(noise):
+    needed = [
+        seeds_for_multiplier(ratio, -0.05, noise) for ratio in (1.02, 1.05, 1.1, 1.25, 1.5, 4)
+    ]
+    assert needed == sorted(needed, reverse=True)
+    powers = [power_of(x * noise, noise, 3) for x in np.linspace(0, 60, 61)]
+    assert np.all(np.diff(powers) >= -1e-9)
+    assert powers[-1] == pytest.approx(1)

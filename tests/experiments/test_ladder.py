@@ -15,7 +15,7 @@ import pytest
 
 from configs import ladder_cpu, ladder_paper
 from experiments.cells.cell import FinishedCells, folder_of
-from experiments.cells.claims import Claims
+from experiments.cells.claims import held
 from experiments.ladder import describe as describe_lib
 from experiments.ladder import fit
 from experiments.ladder.describe import describe, describe_scaling, estimate
@@ -105,8 +105,15 @@ def test_a_diverged_seed_rules_a_learning_rate_out():
     cells, _ = tune(ladder, ADAMW, {})
     diverges = lambda config: None if config.optimizer.learning_rate == 8e-3 else 2.0
     assert tune(ladder, ADAMW, results_of(cells, diverges))[1] == 4e-3
-    with pytest.raises(ValueError, match="diverged at every learning rate"):
-        tune(ladder, ADAMW, results_of(cells, lambda _: None))
+
+
+def test_an_optimizer_that_diverges_everywhere_stops_no_other():
+    ladder = Ladder(small_ladder(max_extensions=0))
+    lost = results_of(tune(ladder, MUON, {})[0], lambda _: None)
+    assert tune(ladder, MUON, lost)[1] is None
+    found = results_of(tune(ladder, ADAMW, {})[0], log_parabola(8e-3))
+    assert [(t.size, t.name) for t in missing_tasks(ladder, lost | found)] == [("w16", "adamw")]
+    assert remaining_cells(ladder, lost | found) == {"w8": 0, "w16": 4}
 
 
 def test_tasks_appear_as_results_do():
@@ -193,7 +200,7 @@ def test_status_counts_what_others_do(tmp_path):
     folder = folder_of(first, tmp_path)
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result_for(first)))
-    with Claims().held(folder_of(second, tmp_path)):
+    with held(folder_of(second, tmp_path), 0):
         rows = [line.split() for line in status(ladder, tmp_path).splitlines()]
     assert rows == [
         ["rung", "finished", "claimed", "left"],
@@ -218,6 +225,8 @@ def result_for(cell):
     [
         ({"parametrizations": ("sp",)}, "lacks 'mup'"),
         ({"parametrizations": ("mup", "pm")}, "unknown parametrization 'pm'.*wd_only"),
+        ({"checks": (1.0, 2.0)}, "factors > 0 but 1"),
+        ({"checks": (2.0, 2.0)}, "each once"),
         ({"widths": (8,)}, "at least two"),
         ({"widths": (16, 8)}, "ascending"),
         ({"widths": (8, 20)}, "20 is not a multiple of head_dim=8"),
@@ -309,6 +318,17 @@ def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
     output, _ = third.communicate(timeout=60)
     assert third.returncode == 0
     assert "validation loss" not in output  # nothing was trained again
+
+
+def test_a_report_keeps_the_lines_whose_folders_are_gone(tmp_path):
+    ladder = Ladder(small_ladder(max_extensions=0))
+    cells = missing_tasks(ladder, {})[0].cells
+    lines = result_lines(ladder, {cell.name: result_for(cell) for cell in cells[1:]})
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    folder = folder_of(cells[0], tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result_for(cells[0])))
+    assert {x["cell"] for x in read_results(ladder, tmp_path)} == {cell.name for cell in cells}
 
 
 @pytest.mark.slow

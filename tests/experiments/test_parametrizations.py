@@ -108,3 +108,4 @@ def test_who_has_which():
     assert of("sp") == of("mup") == set(OPTIMIZERS)
     assert of("spectral_norm") == set(MATRIX_OPTIMIZERS)
     assert of("muon_rms_matching") == {"muon"}
+    assert of("lr_and_wd_1/width") == set(OPTIMIZERS) - {"adamw", "adopt", "lion"}
