@@ -3,7 +3,8 @@
     python -m experiments.compute_optimal --config=configs/compute_optimal_cpu.py \\
         --workdir=runs/compute_optimal_cpu
 
-Not run to the end yet.
+Expected (results/compute_optimal_cpu): 79 [70, 100] tokens per parameter with AdamW, 46 [38, 62]
+with Muon, whose 90% intervals hold the noise of two seeds and the misses of the parabolas.
 """
 
 from typing import Any

@@ -203,10 +203,15 @@ def _add_power(report: dict[str, Any]) -> None:
     curve_cost, curve_losses = _curve(report, "flops")
     cost, loss = np.log(curve_cost[-2:]), np.log([np.mean(cell) for cell in curve_losses[-2:]])
     slope = float((loss[1] - loss[0]) / (cost[1] - cost[0]))
-    cells = sum(len(summary["final_loss"]) for summary in report["optimizers"].values())
+    # Parametrizations share the cells of the base.
+    cells = {
+        tuple(summary["final_loss_by_seed"][rung])
+        for summary in report["optimizers"].values()
+        for rung in summary["final_loss"]
+    }
     try:
         seeds = [
-            [ratio, seeds_for_multiplier(ratio, slope, report["seed_noise"], cells=max(cells, 2))]
+            [ratio, seeds_for_multiplier(ratio, slope, report["seed_noise"], cells=len(cells))]
             for ratio in RATIOS
         ]
     except ValueError:  # a curve so flat that no number of seeds is enough

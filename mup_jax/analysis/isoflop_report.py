@@ -134,12 +134,12 @@ def _best(summary: Mapping[str, Any]) -> str:
 
 
 def _with_interval(summary: Mapping[str, Any]) -> str:
-    value = f"{summary['value']:.2g}"
+    value = f"{summary['value']:.3g}"
     if summary["low"] is None:
         return f"{value} (no interval)"
     if summary["low"] == 0:
         return f"{value} [unbounded]"
-    return f"{value} [{summary['low']:.2g}, {summary['high']:.2g}]"
+    return f"{value} [{summary['low']:.3g}, {summary['high']:.3g}]"
 
 
 def _why_not(summary: Mapping[str, Any]) -> str:

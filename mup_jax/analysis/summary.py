@@ -99,8 +99,8 @@ def _optimizer(
     shares = {
         rung: [x["seconds"]["optimizer_share"] for x in lines] for rung, lines in chosen.items()
     }
-    seconds_share = {
-        rung: _mean(x for x in of if x is not None)
+    seconds_share = {  # what else the machine did in one run's moment of measuring is left out
+        rung: float(np.median([x for x in of if x is not None]))
         for rung, of in shares.items()
         if any(x is not None for x in of)
     }
