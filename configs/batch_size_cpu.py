@@ -3,7 +3,9 @@
     python -m experiments.batch_size --config=configs/batch_size_cpu.py \\
         --workdir=runs/batch_size_cpu
 
-Not run to the end yet.
+Expected (results/batch_size_cpu): the best batch is 2 rows of 64 tokens; one of 3.4 rows loses 0.05
+nats with AdamW, one of 15 with Muon; the best learning rate goes as batch^0.48 [0.32, 0.62] with
+AdamW and batch^0.35 [0.23, 0.42] with Muon.
 """
 
 from ml_collections import ConfigDict

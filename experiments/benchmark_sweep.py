@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 OPTIMIZER = flags.DEFINE_string("optimizer", "adamw", "One of the ladder's.")
 RATES = flags.DEFINE_integer("rates", 9, "Learning rates, powers of two apart.", lower_bound=1)
-SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 7, "Runs of each.", lower_bound=1)
 LEAST = flags.DEFINE_float("least", 2.5, "Ratio of throughputs that is asked for.")
 OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 

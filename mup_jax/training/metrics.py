@@ -135,6 +135,6 @@ def _in_short(line: Line) -> Line:
 
 
 def _plain(value: Any) -> int | float | None:
-    return (
-        int(value) if np.issubdtype(np.asarray(value).dtype, np.integer) else finite_or_none(value)
-    )
+    if isinstance(value, int) or np.issubdtype(np.asarray(value).dtype, np.integer):
+        return int(value)
+    return finite_or_none(value)

@@ -1,5 +1,6 @@
 """What there is to know of a finished run."""
 
+import functools
 import importlib.metadata
 import statistics
 import sys
@@ -60,10 +61,7 @@ def provenance(config: ConfigDict, tokens: Tokens) -> dict[str, Any]:
     """Device, versions and text: what else the numbers depend on."""
     return {
         "device": jax.devices()[0].device_kind,
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": _versions(),
         "corpus": {
             "source": config.data.source,
             "tokenizer": config.data.tokenizer,
@@ -71,6 +69,14 @@ def provenance(config: ConfigDict, tokens: Tokens) -> dict[str, Any]:
             "training_tokens": len(tokens.train),
             "validation_tokens": len(tokens.validation),
         },
+    }
+
+
+@functools.cache  # a sweep asks again and again
+def _versions() -> dict[str, str]:
+    return {
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
 

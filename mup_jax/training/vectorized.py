@@ -6,6 +6,7 @@ are divided over all devices; each device takes its runs `lanes` at a time, vect
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ _AXIS = "runs"
 _REFRESHING = ("shampoo", "soap", "sophia")
 # Numbers kept of a token in a layer, in units of the width: twice those of the matrix products.
 _ACTIVATIONS = 40
+# Threads cost small matrices more than they gain: every run has a core.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_multi_thread_eigen": False}
+_METRICS = ("loss", "gradient_norm", "learning_rate", "skipped")
 # Steps between two looks at the device.
 _CHUNK = 32
 
@@ -65,7 +69,8 @@ def train_vectorized(
     """Trains many runs as `train` trains each, up to rounding.
 
     Writes to every workdir what `train` does, but for checkpoints: interrupted, all begin again.
-    Nothing but the last step is validated, and the health of preconditioners not measured.
+    Nothing but the last step is validated; of the norms that of the whole gradient is measured
+    alone, and the health of preconditioners is not.
 
     Args:
       configs: equal in all that a program is made of (`program_identity`).
@@ -97,15 +102,17 @@ def train_vectorized(
     if lanes is None:
         one = jax.default_backend() == "cpu" or first.optimizer.name in _REFRESHING
         lanes = 1 if one else len(configs)
-    with jax.set_mesh(_mesh(devices)):
+    with ThreadPoolExecutor(1) as beside, jax.set_mesh(_mesh(devices)):
         start = time.perf_counter()
+        alone = beside.submit(_Alone, first, tokens) if first.measure_optimizer else None
         runs = _Runs(configs, tokens, lanes)
         writers = [MetricsWriter(path / "metrics.jsonl", 0, lag=0) for path in paths]
         states = runs.train(writers, on_progress)
         seconds = time.perf_counter() - start
         for writer in writers:
             writer.close()
-    timings = _step_times(runs, states, writers, tokens) if first.measure_optimizer else {}
+    healthy = [i for i, writer in enumerate(writers) if not is_lost(writer.lines)]
+    timings = alone.result().step_times(states, healthy) if alone else {}
     shared = {
         "total": seconds / len(configs),
         "compile": runs.compile_seconds / len(configs),
@@ -138,21 +145,30 @@ def _mesh(devices: int) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), (_AXIS,), devices=jax.local_devices()[:devices])
 
 
-def _step_times(
-    runs: "_Runs", states: Any, writers: Sequence[MetricsWriter], tokens: Any
-) -> dict[str, float]:
-    """Of a step on its own, from a run that did not diverge; empty where all did."""
-    healthy = [i for i, writer in enumerate(writers) if not is_lost(writer.lines)]
-    if not healthy:
-        return {}
-    config = runs.configs[healthy[0]]
-    alone = jax.tree.map(lambda x: x[healthy[0]], jax.device_get(states))
-    with jax.set_mesh(make_mesh(config)):
-        program = make_program(config, tokens.vocab_size)
-        shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
-        batch = next(Feed(config, tokens))
-        state = jax.device_put(alone, shardings)
-        return step_times(program, state, batch, Hyperparameters.of(config))
+class _Alone:
+    """A run by itself, as `train` has it: its programs are compiled beside those of all runs."""
+
+    def __init__(self, config: ConfigDict, tokens: data.Tokens):
+        self._config, self._tokens = config, tokens
+        self._mesh = make_mesh(config)
+        with jax.set_mesh(self._mesh):
+            self._program = make_program(config, tokens.vocab_size)
+            params, batch = self._program.abstract_state.params, self._program.abstract_batch
+            zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+            self._program.loss_and_gradient(*jax.tree.map(zeros, (params, batch)))
+            _ = self._program.step
+
+    def step_times(self, states: Any, runs: Sequence[int]) -> dict[str, float]:
+        """Of a step, from the last state of the first of these runs; empty where there is none."""
+        if not runs:
+            return {}
+        alone = jax.tree.map(lambda x: x[runs[0]], jax.device_get(states))
+        with jax.set_mesh(self._mesh):
+            shardings = jax.tree.map(lambda x: x.sharding, self._program.abstract_state)
+            state = jax.device_put(alone, shardings)
+            hyperparameters = Hyperparameters.of(self._config)
+            batch = next(Feed(self._config, self._tokens))
+            return step_times(self._program, state, batch, hyperparameters)
 
 
 class _Runs:
@@ -188,62 +204,106 @@ class _Runs:
         """Takes all steps; returns the last states."""
         program = self.program
         seeds = self._put(np.array(self._seeds, np.int32))
-        init = self._compile(lambda each, _: program._init(each), seeds, ())
+        init, advance, features, validate = self._compile(seeds)
         states = init(seeds, ())
-        batches = self._next_batches(0)
-        advance = self._compile(
-            self._take_steps, (states, batches, self._hyperparameters), np.int32(0)
-        )
-        features = self._compile(
-            lambda each, _: program._features(*each), (states.params, batches["inputs"][:, 0]), ()
-        )
-        validate = self._compile(program._evaluate, states.params, self._validation)
         for writer in writers:
             writer.start()
+        self._last_look = time.perf_counter()
+        taken: tuple[int, int, dict[str, jax.Array]] | None = None
         for first, last in _chunks(program.steps):
-            start = time.perf_counter()
             batches = self._next_batches(last - first)
-            inputs = batches["inputs"][:, 0]
             is_checked = last == COORDINATE_CHECK_STEP
-            before = features((states.params, inputs), ()) if is_checked else None
+            if is_checked:
+                inputs = batches["inputs"][:, 0]
+                before = features((states.params, inputs), ())
             given = (states, batches, self._hyperparameters)
             states, metrics = advance(given, np.int32(last - first))
             if is_checked:
                 change = features((states.params, inputs), ()) - before
                 squares = jnp.mean(jnp.square(change), axis=range(1, change.ndim))
                 metrics["feature_change_rms"] = jnp.sqrt(squares)[:, None]
-            metrics = jax.device_get(metrics)
             if last == program.steps:
-                losses = jax.device_get(validate(states.params, self._validation))
-            for i, writer in enumerate(writers):
-                for step in range(first + 1, last + 1):
-                    if is_lost(writer.lines):
-                        break
-                    values = {key: x[i, step - first - 1] for key, x in metrics.items()}
-                    if step == program.steps:
-                        values["validation_loss"] = losses[i]
-                    writer.add(step, **values)
-                if on_progress and not is_lost(writer.lines):
-                    seconds = time.perf_counter() - start
-                    on_progress(i, self._progress(writer.lines[-1], (last - first) / seconds))
+                metrics["validation_loss"] = validate(states.params, self._validation)
+            if taken:  # while the devices take the next steps
+                self._write(writers, on_progress, *taken)
+            taken = first, last, metrics
+        if taken:
+            self._write(writers, on_progress, *taken)
         return states
 
+    def _write(
+        self,
+        writers: Sequence[MetricsWriter],
+        on_progress: Callable[[int, Progress], None] | None,
+        first: int,
+        last: int,
+        metrics: dict[str, jax.Array],
+    ) -> None:
+        """The lines of the steps first + 1 to last; waits for the devices."""
+        values = {key: np.asarray(x).tolist() for key, x in metrics.items()}
+        seconds = time.perf_counter() - self._last_look
+        self._last_look += seconds
+        validation_losses = values.pop("validation_loss", None)
+        for i, writer in enumerate(writers):
+            for step in range(first + 1, last + 1):
+                if is_lost(writer.lines):
+                    break
+                line = {key: x[i][step - first - 1] for key, x in values.items()}
+                if validation_losses and step == last:
+                    line["validation_loss"] = validation_losses[i]
+                writer.add(step, **line)
+            if on_progress and not is_lost(writer.lines):
+                on_progress(i, self._progress(writer.lines[-1], (last - first) / seconds))
+
     def _take_steps(self, each: Any, count: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The state after `count` steps, and their metrics, each of shape `(_CHUNK,)`."""
+        """The state after `count` steps, and their metrics, each of shape `(_CHUNK,)`.
+
+        Norms are left out but for that of the gradient: they take a tenth of a small model's step.
+        """
         state, batches, hyperparameters = each
 
         def step(i: jax.Array, carry: Any) -> Any:
             state, metrics = carry
             batch = jax.tree.map(lambda x: x[i], batches)
-            state, values = self.program._step(state, batch, hyperparameters)
+            state, values = one(state, batch, hyperparameters)
             return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), metrics, values)
 
+        def one(*arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            state, values = self.program._step(*arguments)
+            return state, {key: values[key] for key in _METRICS}
+
         batch = jax.tree.map(lambda x: x[0], batches)
-        _, values = jax.eval_shape(self.program._step, state, batch, hyperparameters)
+        _, values = jax.eval_shape(one, state, batch, hyperparameters)
         metrics = jax.tree.map(lambda x: jnp.zeros((_CHUNK, *x.shape), x.dtype), values)
         return jax.lax.fori_loop(0, count, step, (state, metrics))
 
-    def _compile(self, function: Any, each: Any, shared: Any) -> Any:
+    def _compile(self, seeds: jax.Array) -> list[Any]:
+        """The compiled programs `init`, `advance`, `features` and `validate`."""
+        start = time.perf_counter()
+        program = self.program
+        divided = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        init = self._lower(lambda each, _: program._init(each), seeds, ())
+        states = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=divided), init.out_info
+        )
+        batches = self._next_batches(0)
+        lowered = [
+            init,
+            self._lower(self._take_steps, (states, batches, self._hyperparameters), np.int32(0)),
+            self._lower(
+                lambda each, _: program._features(*each),
+                (states.params, batches["inputs"][:, 0]),
+                (),
+            ),
+            self._lower(program._evaluate, states.params, self._validation),
+        ]
+        options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+        with ThreadPoolExecutor() as pool:  # the compiler uses one core for most of its work
+            compiled = list(pool.map(lambda each: each.compile(options), lowered))
+        self.compile_seconds = time.perf_counter() - start
+        return compiled
+
+    def _lower(self, function: Any, each: Any, shared: Any) -> Any:
         """`function(each, shared)` of every run: `each` has an axis of runs, `shared` is common."""
         of_runs, whole = PartitionSpec(_AXIS), PartitionSpec()
 
@@ -254,10 +314,7 @@ class _Runs:
         mapped = jax.shard_map(
             on_device, in_specs=(of_runs, whole), out_specs=of_runs, check_vma=False
         )
-        start = time.perf_counter()
-        compiled = jax.jit(mapped).lower(each, shared).compile()
-        self.compile_seconds += time.perf_counter() - start
-        return compiled
+        return jax.jit(mapped).lower(each, shared)
 
     def _next_batches(self, steps: int) -> dict[str, jax.Array]:
         """Of shape `(runs, _CHUNK, B, T)`: so many batches of each run, and zeros after them."""
