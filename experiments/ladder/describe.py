@@ -65,14 +65,15 @@ def estimate(ladder: Ladder) -> str:
     for rung in ladder.rungs:  # the larger ones by their FLOPs
         ratio = (rung.flops / rung.steps) / (last.flops / last.steps)
         gradient.setdefault(rung.name, gradient[last.name] * ratio)
-    total = 0.0
     extra = {
         (series, rung): seconds
         for series in _tuned(ladder)
         for rung, seconds in _optimizer_seconds(ladder, series).items()
     }
-    for rung, series, cells in _planned(ladder):
-        total += cells * rung.steps * (gradient[rung.name] + extra[series.tuned, rung.name])
+    total = sum(
+        cells * rung.steps * (gradient[rung.name] + extra[series.tuned, rung.name])
+        for rung, series, cells in _planned(ladder)
+    )
     workers = ladder.config.workers
     return (
         f"about {_duration(total / workers)} here with {workers} worker{'s'[: workers > 1]}, "
@@ -117,19 +118,17 @@ def _factors(ladder: Ladder, rung: Rung, series: Series) -> str:
     def update(decay: float, **options: Any) -> dict[str, jax.Array]:
         given = settings | options | {"weight_decay": decay, "shapes": of_role}
         optimizer = OPTIMIZERS[series.optimizer](1.0, **given)
-        functions = {"obj_fn": lambda p: sum(map(jnp.sum, jax.tree.leaves(p)))}
+        total = lambda p: sum(map(jnp.sum, jax.tree.leaves(p)))
+        functions = {"obj_fn": total, "logits_fn": lambda p: p["readout"]}
         return optimizer.update(gradients, optimizer.init(params), params, **functions)[0]
 
     here = update(0.0)
     constant = update(0.0, learning_rate_scaling="constant")
     decayed = update(1.0)
-    rates = [float(_norm(here[role]) / _norm(constant[role])) for role in of_role]
-    decay = float(_norm(decayed["hidden"] - here["hidden"]) / _norm(params["hidden"]))
+    norm = jnp.linalg.norm
+    rates = [float(norm(here[role]) / norm(constant[role])) for role in of_role]
+    decay = float(norm(decayed["hidden"] - here["hidden"]) / norm(params["hidden"]))
     return f"{', '.join(f'{rate:.3g}' for rate in rates)}; {decay:.3g}"
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x)
 
 
 def _gradient_seconds(ladder: Ladder) -> Iterator[tuple[str, float]]:

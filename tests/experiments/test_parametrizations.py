@@ -45,7 +45,7 @@ def factors(optimizer, parametrization):
 
 SHARED = [
     (optimizer, name)
-    for optimizer in ("adamw", "muon", "shampoo")
+    for optimizer in ("adamw", "muon")
     for name, parametrization in PARAMETRIZATIONS.items()
     if parametrization.options_of(optimizer) is not None and not parametrization.tuned_alone
 ]

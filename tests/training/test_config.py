@@ -62,7 +62,7 @@ def test_valid(name):
         (
             # The trainer sets it: it cannot be set a second time.
             changed(optimizer__options=ConfigDict({"learning_rate": 0.1})),
-            r"adamw\.options\.learning_rate: known are b1, b2, eps",
+            r"adamw\.options\.learning_rate: did you mean .learning_rate_scaling.",
         ),
         (
             changed(optimizer__name="muon", optimizer__options=ConfigDict({"steps": 0})),
