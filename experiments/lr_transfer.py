@@ -5,7 +5,7 @@
 Sweeps the learning rate of every optimizer at every width, in standard parametrization (SP), in µP,
 and in µP with blocks or spectral normalization. DIR ends with report.md, results.json and
 figure.png. Every run is trained once: started again, the sweep goes on where it was interrupted.
-With --mode=plan it only says what it would run.
+With --mode=plan it only says what it would run, with --mode=report it reads DIR/results.json again.
 """
 
 from experiments.sweeps.run import main

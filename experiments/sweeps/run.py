@@ -26,19 +26,24 @@ from mup_jax.training.metrics import write_atomically
 
 # What of a run's record all runs of a sweep have in common.
 _PROVENANCE = ("device", "versions", "corpus")
+_RESULTS = "results.json"
 
 
 def main(name: str, title: str) -> None:
     """The program `python -m experiments.{name}`, which answers the question `title`."""
 
     def run(flags: Any) -> None:
-        sweep = Sweep(flags.config)
-        print(describe(sweep), flush=True)
-        if flags.mode == "plan":
-            return
         workdir = Path(flags.workdir).absolute()
-        claim_workdir(workdir, without_machine(flags.config))
-        results = results_of(sweep, run_cells(work_of(sweep), workdir, flags.launcher))
+        if flags.mode == "report":
+            results = json.loads((workdir / _RESULTS).read_text())
+            add_summaries(results)
+        else:
+            sweep = Sweep(flags.config)
+            print(describe(sweep), flush=True)
+            if flags.mode == "plan":
+                return
+            claim_workdir(workdir, without_machine(flags.config))
+            results = results_of(sweep, run_cells(work_of(sweep), workdir, flags.launcher))
         config = config_flags.get_config_filename(absl_flags.FLAGS["config"])
         write_report(results, workdir, title, f"python -m experiments.{name} --config={config}")
         print(finding(results))
@@ -53,7 +58,7 @@ def main(name: str, title: str) -> None:
 
 
 def _define_flags() -> None:
-    absl_flags.DEFINE_enum("mode", "run", ["run", "plan"], "What to do.")
+    absl_flags.DEFINE_enum("mode", "run", ["run", "plan", "report"], "What to do.")
     absl_flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
 
 
@@ -85,7 +90,7 @@ def results_of(sweep: Sweep, finished: Results) -> dict[str, Any]:
 
 def write_report(results: dict[str, Any], workdir: Path, title: str, command: str) -> None:
     """Writes results.json, report.md and figure.png, and of batch sizes batches.png."""
-    write_atomically(workdir / "results.json", json.dumps(results) + "\n")
+    write_atomically(workdir / _RESULTS, json.dumps(results) + "\n")
     write_sweep_figure(results, workdir / "figure.png")
     if is_of_batches(results):
         write_batch_figure(results, workdir / BATCH_FIGURE)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import scale_ladder
+from experiments.sweeps import run as sweep_run
 from mup_jax import data
 from mup_jax.analysis import sweeps
 from mup_jax.analysis.sweep_figure import write_sweep_figure
@@ -63,6 +64,17 @@ def test_the_ladder_is_reported_again_from_its_lines_alone(tmp_path, run_command
     assert sorted(path.name for path in tmp_path.glob("*.png")) == figures
     assert page.count('src="data:image/png;base64,') == len(figures) == 4
     assert "http" not in page  # nothing is loaded from elsewhere
+
+
+def test_the_sweep_of_the_readme_is_reported_again(tmp_path, run_command):
+    folder = Path("results/lr_transfer_cpu")
+    (tmp_path / "results.json").write_text((folder / "results.json").read_text())
+    program = lambda: sweep_run.main(
+        "lr_transfer", "Does the best learning rate stay where it is when the width grows?"
+    )
+    assert run_command(program, f"--workdir={tmp_path}", "--mode=report") == 0
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
 def assert_same_numbers(here, there, path=""):
