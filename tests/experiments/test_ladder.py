@@ -263,7 +263,7 @@ CONFIG_FILE = """
 from tests.experiments.test_ladder import small_ladder
 
 def get_config():
-    return small_ladder(workers=2, platform="cpu")
+    return small_ladder(workers=2, platform="cpu", max_extensions=0)
 """
 
 

@@ -140,6 +140,7 @@ def test_a_full_disk_stops_the_run_and_keeps_its_checkpoint(config_file, undistu
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_two_processes(config_file, undisturbed):
     """Four devices each, on a mesh that crosses them; one is killed, both start again."""
     workdir = config_file.parent / "two"

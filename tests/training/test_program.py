@@ -308,7 +308,7 @@ def stacked(program):
     return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
 
 
-QUICK = [("adamw", (8, 1, 1)), ("muon", (1, 4, 2)), ("soap", (2, 2, 2))]
+QUICK = [("adamw", (8, 1, 1)), ("muon", (2, 2, 2))]
 
 
 def on_meshes():

@@ -98,6 +98,7 @@ def quick_compilation():
 
 SLOW = [
     ("shampoo", "Explicit"), ("soap_blocks", "Explicit"), ("graft", "Explicit"),
+    ("soap_one_side", "Explicit"), ("adamuon", "Explicit"),
     *((name, "Auto") for name in TRANSFORMATIONS if name != "muon"),
 ]  # fmt: skip
 
