@@ -31,7 +31,6 @@ def sweep(name, rates=(2e-3, 8e-3), seeds=(0, 1), **changes):
         ("adamw", None),
         pytest.param("muon", 2, marks=pytest.mark.slow),
         pytest.param("shampoo", None, marks=pytest.mark.slow),
-        pytest.param("soap", 2, marks=pytest.mark.slow),
     ],
 )
 def test_results_are_those_of_separate_runs(name, lanes, tmp_path):
