@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from experiments.ladder.plan import Ladder, Rung, Series, planned_cells
 from mup_jax.optimizers import OPTIMIZERS
 from mup_jax.training.program import Hyperparameters, Program
+from mup_jax.training.record import step_times
 from mup_jax.transfer.shapes import is_shape
 
 # A step that takes longer than so many seconds is not timed.
@@ -34,7 +35,8 @@ def describe(ladder: Ladder) -> str:
     for series in dict.fromkeys(series.tuned for series in ladder.series):
         rates = ladder.learning_rates(series)
         lines.append(f"{series.name}: tuned on {', '.join(f'{rate:g}' for rate in rates)}")
-    return "\n".join([*lines, f"at least {len(planned_cells(ladder))} cells"])
+    cells = sum(len(cells) for _, _, cells in planned_cells(ladder))
+    return "\n".join([*lines, f"at least {cells} cells"])
 
 
 def describe_scaling(ladder: Ladder) -> str:
@@ -71,24 +73,14 @@ def estimate(ladder: Ladder) -> str:
         for rung, seconds in _optimizer_seconds(ladder, series).items()
     }
     total = sum(
-        cells * rung.steps * (gradient[rung.name] + extra[series.tuned, rung.name])
-        for rung, series, cells in _planned(ladder)
+        len(cells) * rung.steps * (gradient[rung.name] + extra[series.tuned, rung.name])
+        for rung, series, cells in planned_cells(ladder)
     )
     workers = ladder.config.workers
     return (
         f"about {_duration(total / workers)} here with {workers} worker{'s'[: workers > 1]}, "
         f"{_duration(total)} of training in all (from steps of {measured})"
     )
-
-
-def _planned(ladder: Ladder) -> Iterator[tuple[Rung, Series, int]]:
-    base = ladder.rungs[0]
-    for series in ladder.series:
-        rates = ladder.learning_rates(series)
-        if series == series.tuned:
-            yield base, series, len(ladder.tuning_cells(series, rates))
-        for rung in ladder.rungs[1:]:
-            yield rung, series, len(ladder.transfer_cells(rung, series, rates[0]))
 
 
 def _tuned(ladder: Ladder) -> list[Series]:
@@ -140,8 +132,8 @@ def _gradient_seconds(ladder: Ladder) -> Iterator[tuple[str, float]]:
             return
         program = _program(ladder, rung, ladder.series[0])
         with jax.set_mesh(program.mesh):
-            state, batch = program.init(0), _batch(program)
-            seconds = _median_seconds(lambda: program.loss_and_gradient(state.params, batch))  # noqa: B023
+            arguments = program.init(0).params, _batch(program)
+            seconds = _median_seconds(program.loss_and_gradient, *arguments)
         before = flops
         yield rung.name, seconds
 
@@ -151,17 +143,10 @@ def _optimizer_seconds(ladder: Ladder, series: Series) -> dict[str, float]:
     base = ladder.rungs[0]
     program = _program(ladder, base, series)
     with jax.set_mesh(program.mesh):
-        batch = _batch(program)
-        state = program.init(0)
         hyperparameters = Hyperparameters.of(program.config)
-        gradient = _median_seconds(lambda: program.loss_and_gradient(state.params, batch))
-
-        def step() -> jax.Array:
-            nonlocal state
-            state, metrics = program.step(state, batch, hyperparameters)
-            return metrics["loss"]
-
-        seconds = max(0.0, _median_seconds(step) - gradient)
+        times = step_times(program, program.init(0), _batch(program), hyperparameters)
+    share = times["optimizer_share"]
+    seconds = times["gradient"] * share / (1 - share)
     size = lambda rung: _program(ladder, rung, series).optimizer_flops or rung.parameters
     return {rung.name: seconds * size(rung) / size(base) for rung in ladder.rungs}
 
@@ -170,12 +155,12 @@ def _batch(program: Program) -> dict[str, jax.Array]:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.abstract_batch)
 
 
-def _median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
-    jax.block_until_ready(function())
+def _median_seconds(function: Callable[..., Any], *arguments: Any, repeats: int = 5) -> float:
+    jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(function())
+        jax.block_until_ready(function(*arguments))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -183,7 +168,7 @@ def _median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
 def _peak() -> float:
     """FLOPs per second of a product of matrices of this machine."""
     x = jnp.ones((1024, 1024))
-    return 2 * 1024**3 / _median_seconds(lambda: x @ x)
+    return 2 * 1024**3 / _median_seconds(jnp.matmul, x, x)
 
 
 def _duration(seconds: float) -> str:

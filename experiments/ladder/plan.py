@@ -1,7 +1,7 @@
 """From a ladder's configuration to the training runs (cells) that it consists of."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -267,13 +267,11 @@ def _check_parametrization(name: str, key: str) -> None:
         )
 
 
-def planned_cells(ladder: Ladder) -> list[Cell]:
+def planned_cells(ladder: Ladder) -> Iterator[tuple[Rung, Series, list[Cell]]]:
     """The cells known before tuning; those above the base stand at the first learning rate."""
-    cells: list[Cell] = []
     for series in ladder.series:
         rates = ladder.learning_rates(series)
         if series == series.tuned:
-            cells += ladder.tuning_cells(series, rates)
+            yield ladder.rungs[0], series, ladder.tuning_cells(series, rates)
         for rung in ladder.rungs[1:]:
-            cells += ladder.transfer_cells(rung, series, rates[0])
-    return cells
+            yield rung, series, ladder.transfer_cells(rung, series, rates[0])

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 LEAST_EXPONENT = 1e-3
 LARGEST_EXPONENT = 2.0
@@ -63,9 +64,6 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, delta: float = 1e-3)
     References:
       Hoffmann et al., arXiv 2203.15556, appendix D.2.
     """
-    # Half a second that those who only need multipliers should not wait for.
-    from scipy.optimize import least_squares  # type: ignore[import-untyped]
-
     compute, loss = checked_points(compute, loss)
     if not delta > 0:
         raise ValueError(f"delta is {delta}: choose a positive one, inf for least squares")

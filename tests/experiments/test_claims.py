@@ -6,6 +6,7 @@ import os
 import queue
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -148,8 +149,10 @@ def test_owners_touch_their_claims(tmp_path, monkeypatch):
     claim = take(tmp_path, 0)
     path = tmp_path / "claims" / "0"
     os.utime(path, (1, 1))
-    while path.stat().st_mtime == 1:
-        pass
+    deadline = time.monotonic() + 30
+    while path.stat().st_mtime == 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.stat().st_mtime > 1
     claim.release()
 
 
