@@ -40,6 +40,8 @@ from mup_jax.transforms import (
     scale_by_sophia_g,
 )
 
+__version__ = "0.2.0"
+
 __all__ = [
     "CoordinateCheck",
     "DerivedRule",

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from experiments.ladder.plan import Ladder, Rung, Series, planned_cells
 from mup_jax.optimizers import OPTIMIZERS
 from mup_jax.training.program import Hyperparameters, Program
-from mup_jax.training.record import step_times
+from mup_jax.training.throughput import step_times
 from mup_jax.transfer.shapes import is_shape
 
 # A step that takes longer than so many seconds is not timed.

@@ -7,14 +7,20 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import jax
-from ml_collections import ConfigDict
 
 from mup_jax.models.attention import attention_of
 from mup_jax.models.llama import LlamaConfig
 from mup_jax.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# A ConfigDict, or anything with the same attributes: a step needs no ml_collections.
+Config = Any
 
 POSITIONS = ("rotary", "learned")
 DTYPES = ("float32", "bfloat16")
@@ -29,7 +35,7 @@ _SET_BY_TRAINER = {
 }
 
 
-def default_config() -> ConfigDict:
+def default_settings() -> dict[str, Any]:
     """A run of a few seconds; every key that a run has.
 
     `base` is the model in which learning rate and weight decay were tuned. `tokens` and
@@ -48,53 +54,72 @@ def default_config() -> ConfigDict:
     `LlamaConfig`) and `attention` the kernel, "auto" for the fastest that the platform has. The
     health of preconditioners is measured every `health_every` steps, never where that is 0.
     """
-    return ConfigDict(
-        {
-            "seed": 0,
-            "data": {"source": "stdlib", "tokenizer": "char"},
-            "model": {
-                "width": 32,
-                "depth": 2,
-                "head_dim": 8,
-                "mlp_ratio": 4,
-                "mlp": "swiglu",
-                "positions": "rotary",
-            },
-            "base": {"width": 32, "depth": 2},
-            "context": 128,
-            "batch_size": 4,
-            "tokens": 200 * 512,
-            "warmup_tokens": 20 * 512,
-            "optimizer": {
-                "name": "muon",
-                "learning_rate": 2e-2,
-                "weight_decay": 0.0,
-                "epsilon": None,
-                "options": ConfigDict(),
-            },
-            "clip_norm": 1.0,
-            "eval_batches": 32,
-            "eval_every": 0,
-            "checkpoint_every": 100,
-            "measure_optimizer": True,
-            "dtype": "float32",
-            "init_from": "",
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "microbatches": 1,
-            "remat": "none",
-            "attention": "auto",
-            "health_every": 0,
-        }
-    )
+    return {
+        "seed": 0,
+        "data": {"source": "stdlib", "tokenizer": "char"},
+        "model": {
+            "width": 32,
+            "depth": 2,
+            "head_dim": 8,
+            "mlp_ratio": 4,
+            "mlp": "swiglu",
+            "positions": "rotary",
+        },
+        "base": {"width": 32, "depth": 2},
+        "context": 128,
+        "batch_size": 4,
+        "tokens": 200 * 512,
+        "warmup_tokens": 20 * 512,
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 2e-2,
+            "weight_decay": 0.0,
+            "epsilon": None,
+            "options": {},
+        },
+        "clip_norm": 1.0,
+        "eval_batches": 32,
+        "eval_every": 0,
+        "checkpoint_every": 100,
+        "measure_optimizer": True,
+        "dtype": "float32",
+        "init_from": "",
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "microbatches": 1,
+        "remat": "none",
+        "attention": "auto",
+        "health_every": 0,
+    }
 
 
-def steps_of(config: ConfigDict) -> int:
+def default_config() -> "ConfigDict":
+    """`default_settings` as a ConfigDict; needs ml_collections."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(default_settings())
+
+
+def as_namespace(settings: Mapping[str, Any]) -> SimpleNamespace:
+    """Settings as attributes, for `Program` where ml_collections is missing.
+
+    settings = default_settings() | {"context": 1024}
+    program = Program(as_namespace(settings), vocab_size)
+    """
+    nested = lambda key, value: as_namespace(value) if _has_attributes(key, value) else value
+    return SimpleNamespace(**{key: nested(key, value) for key, value in settings.items()})
+
+
+def _has_attributes(key: str, value: Any) -> bool:
+    return isinstance(value, dict) and key != "options"  # those of an optimizer have any names
+
+
+def steps_of(config: Config) -> int:
     """Number of optimizer steps; an incomplete last batch is not trained on."""
     return config.tokens // (config.batch_size * config.context)
 
 
 def model_config(
-    config: ConfigDict, vocab_size: int, *, base: bool = False, platform: str | None = None
+    config: Config, vocab_size: int, *, base: bool = False, platform: str | None = None
 ) -> LlamaConfig:
     """The Llama to train, or the base model of its scaling rules; on JAX's platform by default."""
     size = config.base if base else config.model
@@ -142,7 +167,7 @@ def check_keys(config: Any, reference: Any, path: str = "config") -> None:
     for key, value in reference.items():
         if key not in config:
             raise ValueError(f"missing key {path}.{key}: the default is {value!r}")
-        if isinstance(value, ConfigDict) and len(value):  # an empty one may have any keys
+        if hasattr(value, "items") and len(value):  # an empty one may have any keys
             check_keys(config[key], value, f"{path}.{key}")
 
 
@@ -166,7 +191,7 @@ def _check_options(name: str, options: str) -> None:
         raise ValueError(f"{name}.options: {error}") from error
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Checks what can be checked before anything is loaded or compiled.
 
     Raises:
@@ -204,12 +229,12 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: Config) -> str:
     """The configuration as JSON with sorted keys: equal configurations give equal text."""
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
-def without_machine(config: ConfigDict) -> ConfigDict:
+def without_machine(config: Config) -> Config:
     """A copy in which all `MACHINE_KEYS` have their defaults."""
     same, defaults = copy.deepcopy(config), default_config()
     for key in MACHINE_KEYS:
@@ -218,12 +243,12 @@ def without_machine(config: ConfigDict) -> ConfigDict:
     return same
 
 
-def identity(config: ConfigDict) -> str:
+def identity(config: Config) -> str:
     """A name for the run with this configuration, on any machine: 12 hexadecimal digits."""
     return hashlib.sha256(to_json(without_machine(config)).encode()).hexdigest()[:12]
 
 
-def program_identity(config: ConfigDict) -> str:
+def program_identity(config: Config) -> str:
     """Equal for runs that can share compiled programs: learning rate, weight decay, ε and seed are
     arguments of those.
     """

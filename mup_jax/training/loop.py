@@ -21,8 +21,8 @@ from mup_jax.training.feed import Feed
 from mup_jax.training.mesh import make_mesh
 from mup_jax.training.metrics import Line, MetricsWriter, Observer, write_atomically
 from mup_jax.training.program import Hyperparameters, Program, TrainState, make_program
-from mup_jax.training.record import run_record, step_times
-from mup_jax.training.throughput import Progress, utilization
+from mup_jax.training.record import run_record
+from mup_jax.training.throughput import Progress, step_times, utilization
 
 # [Q] (arXiv 2512.05620), Fig. 2: the features' change in one step, at this step.
 COORDINATE_CHECK_STEP = 10

@@ -4,14 +4,14 @@ import math
 
 import jax
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
 
 from mup_jax.models.sharding import spec
+from mup_jax.training.config import Config
 
 AXES = ("data", "fsdp", "tensor")
 
 
-def mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int, int]:
+def mesh_shape(config: Config, devices: int) -> tuple[int, int, int]:
     """The sizes of the axes data, fsdp and tensor; `config.mesh.data` of -1 takes the rest.
 
     Raises:
@@ -38,24 +38,24 @@ def mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int, int]:
     model = config.model
     heads = model.width // model.head_dim
     for name, size, axis in (("width", model.width, "fsdp"), ("heads", heads, "tensor")):
-        if size % mesh[axis]:
+        if size % (parts := getattr(mesh, axis)):
             raise ValueError(
-                f"config.mesh.{axis}={mesh[axis]} does not divide the model's {name}, {size}: "
+                f"config.mesh.{axis}={parts} does not divide the model's {name}, {size}: "
                 "choose one that does"
             )
     return shape
 
 
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+def make_mesh(config: Config) -> jax.sharding.Mesh:
     """A mesh of all devices; see `mesh_shape`."""
     return jax.make_mesh(mesh_shape(config, jax.device_count()), AXES)
 
 
-def batch_sharding(config: ConfigDict) -> NamedSharding:
+def batch_sharding(config: Config) -> NamedSharding:
     """Of a batch `(B, T)`, on the mesh in use."""
     rows = spec((config.batch_size, config.context), "batch", "context")
     return NamedSharding(jax.sharding.get_mesh(), rows)
 
 
-def _sizes(mesh: ConfigDict) -> str:
-    return ", ".join(f"{axis}={mesh[axis]}" for axis in AXES)
+def _sizes(mesh: Config) -> str:
+    return ", ".join(f"{axis}={getattr(mesh, axis)}" for axis in AXES)

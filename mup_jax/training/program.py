@@ -14,13 +14,19 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
 from mup_jax.models.llama import Llama, LlamaConfig, layer_groups, roles, shard
 from mup_jax.models.sharding import place
 from mup_jax.optimizers import OPTIMIZERS
-from mup_jax.training.config import epsilons_of, model_config, program_identity, steps_of
+from mup_jax.training.config import (
+    Config,
+    as_namespace,
+    epsilons_of,
+    model_config,
+    program_identity,
+    steps_of,
+)
 from mup_jax.training.flops import count_flops
 from mup_jax.training.mesh import batch_sharding
 from mup_jax.transfer import infer_shapes
@@ -50,13 +56,13 @@ class Hyperparameters(NamedTuple):
     epsilon: Any = 0.0
 
     @classmethod
-    def of(cls, config: ConfigDict) -> "Hyperparameters":
+    def of(cls, config: Config) -> "Hyperparameters":
         given = config.optimizer
         values = given.learning_rate, given.weight_decay, given.epsilon or 0.0
         return cls(*(jnp.float32(value) for value in values))
 
 
-def make_schedule(config: ConfigDict) -> optax.Schedule:
+def make_schedule(config: Config) -> optax.Schedule:
     """s(t): linear from 0 to 1 over the warm-up tokens, then linear to 0 at the last step."""
     steps = steps_of(config)
     warmup = min(round(config.warmup_tokens / (config.batch_size * config.context)), steps - 1)
@@ -76,6 +82,11 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 class Program:
     """The functions of a run, jitted for the mesh in use (`jax.set_mesh`) when it is made.
 
+    Args:
+      config: of `default_config`, or of `as_namespace`: a program needs neither Grain nor
+        ml_collections.
+      vocab_size: of the model.
+
     Attributes:
       mesh: that mesh.
       model: the Llama's configuration.
@@ -85,7 +96,7 @@ class Program:
       shapes: tree of ParamShape of the parameters.
     """
 
-    def __init__(self, config: ConfigDict, vocab_size: int):
+    def __init__(self, config: Config, vocab_size: int):
         self.config = config
         self.mesh = jax.sharding.get_mesh()
         platform = self.mesh.devices.flat[0].platform
@@ -280,14 +291,14 @@ def group_norms(tree: Any) -> dict[str, jax.Array]:
     return {name: jnp.sqrt(square) for name, square in total.items()}
 
 
-def make_program(config: ConfigDict, vocab_size: int) -> Program:
+def make_program(config: Config, vocab_size: int) -> Program:
     """The program of a configuration; one for all learning rates, weight decays and seeds."""
     return _cached_program(program_identity(config), vocab_size, jax.sharding.get_mesh())
 
 
 @functools.lru_cache(maxsize=8)
 def _cached_program(identity: str, vocab_size: int, mesh: Any) -> Program:
-    return Program(ConfigDict(json.loads(identity)), vocab_size)
+    return Program(as_namespace(json.loads(identity)), vocab_size)
 
 
 def _abstract_model(config: LlamaConfig) -> tuple[Any, Any]:

@@ -2,25 +2,23 @@
 
 import functools
 import importlib.metadata
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from mup_jax.data import Tokens
 from mup_jax.models.llama import forward_flops_per_token, num_parameters
-from mup_jax.training.program import Hyperparameters, Program, TrainState
+from mup_jax.training.config import Config
+from mup_jax.training.program import Program
 
 _LOSS_CURVE_POINTS = 100
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def run_record(
-    config: ConfigDict, program: Program, tokens: Tokens, lines: Sequence[dict[str, Any]]
+    config: Config, program: Program, tokens: Tokens, lines: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Sizes, losses, FLOPs and provenance of a run, from its configuration and metrics.
 
@@ -57,7 +55,7 @@ def run_record(
     }
 
 
-def provenance(config: ConfigDict, tokens: Tokens) -> dict[str, Any]:
+def provenance(config: Config, tokens: Tokens) -> dict[str, Any]:
     """Device, versions and text: what else the numbers depend on."""
     return {
         "device": jax.devices()[0].device_kind,
@@ -78,28 +76,3 @@ def _versions() -> dict[str, str]:
         "python": sys.version.split()[0],
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
     }
-
-
-def step_times(
-    program: Program,
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    hyperparameters: Hyperparameters,
-    repeats: int = 15,
-) -> dict[str, float]:
-    """Seconds for loss and gradient, and the part of a step that is not spent on them.
-
-    Medians, taken in turn. Donates `state`.
-    """
-    jax.block_until_ready(program.loss_and_gradient(state.params, batch))
-    full, gradient_only = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(program.loss_and_gradient(state.params, batch))
-        gradient_only.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(program.step(state, batch, hyperparameters))
-        full.append(time.perf_counter() - start)
-    gradient = statistics.median(gradient_only)
-    share = max(0.0, 1 - gradient / statistics.median(full))
-    return {"gradient": gradient, "optimizer_share": share}

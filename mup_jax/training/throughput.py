@@ -1,11 +1,14 @@
 """How fast a run trains, against what its devices could do."""
 
+import statistics
+import time
 from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from mup_jax.models.llama import LlamaConfig, forward_flops_per_token
+from mup_jax.training.config import Config
+from mup_jax.training.program import Hyperparameters, Program, TrainState
 
 # Dense bf16 operations per second of one device, by how its kind begins (vendors' data sheets).
 _PEAK_FLOPS = {
@@ -46,10 +49,35 @@ def peak_flops(device_kind: str) -> float | None:
     return _PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
-def utilization(model: LlamaConfig, config: ConfigDict, tokens_per_second: float) -> float | None:
+def utilization(model: LlamaConfig, config: Config, tokens_per_second: float) -> float | None:
     """Model FLOPs utilization of all devices; see `Progress`."""
     peak = peak_flops(jax.devices()[0].device_kind)
     if peak is None:
         return None
     flops_per_token = 3 * forward_flops_per_token(model, config.context)
     return tokens_per_second * flops_per_token / (peak * jax.device_count())
+
+
+def step_times(
+    program: Program,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    hyperparameters: Hyperparameters,
+    repeats: int = 15,
+) -> dict[str, float]:
+    """Seconds for loss and gradient, and the part of a step that is not spent on them.
+
+    Medians, taken in turn. Donates `state`.
+    """
+    jax.block_until_ready(program.loss_and_gradient(state.params, batch))
+    full, gradient_only = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(program.loss_and_gradient(state.params, batch))
+        gradient_only.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(program.step(state, batch, hyperparameters))
+        full.append(time.perf_counter() - start)
+    gradient = statistics.median(gradient_only)
+    share = max(0.0, 1 - gradient / statistics.median(full))
+    return {"gradient": gradient, "optimizer_share": share}

@@ -29,8 +29,7 @@ from mup_jax.training.loop import (
 from mup_jax.training.mesh import make_mesh
 from mup_jax.training.metrics import Line, MetricsWriter
 from mup_jax.training.program import Hyperparameters, Program, TrainState, make_program
-from mup_jax.training.record import step_times
-from mup_jax.training.throughput import Progress, utilization
+from mup_jax.training.throughput import Progress, step_times, utilization
 
 _AXIS = "runs"
 _REFRESHING = ("shampoo", "soap", "sophia")

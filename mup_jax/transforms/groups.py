@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType
 
 from mup_jax.transforms.blocking import Blocking
@@ -26,6 +25,7 @@ from mup_jax.transforms.matrices import (
     WeightDimensionNumbers,
     matrix_layouts,
 )
+from mup_jax.transforms.shard_alike import shard_alike
 
 WHOLE = Blocking(block_size=None, max_preconditioner_dim=2**62)
 
@@ -113,7 +113,7 @@ class _Mesh:
         if self.mesh.empty:
             return new
         new = self._put(new, jax.typeof(old).sharding.spec)
-        return shard_alike(new, old)[0] if self.of_type(AxisType.Auto) else new
+        return shard_alike(new, old) if self.of_type(AxisType.Auto) else new
 
 
 @dataclass(frozen=True)
