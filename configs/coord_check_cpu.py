@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from experiments.coord_check import default_check, default_optimizer
 
 _MOMENTS = {"b1": 0.9, "b2": 0.95}
-_MUON = {"adam_learning_rate": 1.6e-2, "adam_b1": 0.9, "adam_b2": 0.95}
+_MUON = {"adam_b1": 0.9, "adam_b2": 0.95}
 _SHAMPOO = {**_MOMENTS, "precondition_frequency": 1}
 _SOAP = {**_MOMENTS, "precondition_frequency": 1, "exact_steps": 10}
 _ADAMUON = {**_MOMENTS, "hidden_only": False}
@@ -66,6 +66,8 @@ def get_config(vary: str = "width") -> ConfigDict:
     for label, (name, learning_rate, options) in chosen.items():
         optimizer = default_optimizer()
         optimizer.update(name=name, learning_rate=learning_rate)
+        if name == "muon":
+            optimizer.embedding_readout_factor = 0.5
         optimizer.options = ConfigDict(options)
         optimizer.expected_to_fail = vary == "width" and label in DENSE
         config.optimizers[label] = optimizer

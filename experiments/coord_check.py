@@ -41,13 +41,15 @@ VARIED = ("width", "depth")
 def default_optimizer() -> ConfigDict:
     """Every key of an optimizer to check.
 
-    `name` and `options` are those of `mup_jax.<name>`, `learning_rate` is that of the base model,
-    `expected_to_fail` whether µP is known to.
+    `name` and `options` are those of `mup_jax.<name>`, `learning_rate` is that of the base model's
+    hidden matrices, times `embedding_readout_factor` that of all else, `expected_to_fail` whether
+    µP is known to.
     """
     return ConfigDict(
         {
             "name": "adamw",
             "learning_rate": 1e-2,
+            "embedding_readout_factor": 1.0,
             "options": ConfigDict(),
             "expected_to_fail": False,
         }
@@ -82,7 +84,7 @@ def run_config(
     run.base = {key: run.model[key] for key in VARIED}
     if parametrization == "mup":
         run.base[config.vary] = config.sizes[0]
-    for key in ("name", "learning_rate", "options"):
+    for key in ("name", "learning_rate", "embedding_readout_factor", "options"):
         run.optimizer[key] = optimizer[key]
     return run
 

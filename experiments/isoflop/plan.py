@@ -101,10 +101,10 @@ class IsoFlop:
             if settings.warmup_tokens is not None:
                 config.warmup_tokens = settings.warmup_tokens
             config.optimizer = {
+                **config.optimizer,
                 "name": settings.optimizer,
                 "learning_rate": settings.learning_rate,
                 "weight_decay": settings.weight_decay,
-                "epsilon": None,
                 "options": {**settings.options.to_dict(), "weight_decay_scaling": "constant"},
             }
             cells.append(Cell(model.name, f"{model.name} {label} seed {seed}", config))

@@ -131,6 +131,7 @@ class Sweep:
         if self.config.vary != "batch_size":
             config.base[self.config.vary] = self.sizes[0] if mup else size
         config.optimizer = {
+            **config.optimizer,
             "name": settings.optimizer,
             "options": settings.options.to_dict(),
             **{name: settings[name] for name in SWEPT},

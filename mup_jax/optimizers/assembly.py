@@ -31,6 +31,7 @@ class Assembly:
     schedule: optax.Schedule | None
     weight_decay: Scalar
     shapes: PyTree | None
+    embedding_readout_learning_rate: Scalar | None
     learning_rate_scaling: LearningRateScaling
     weight_decay_scaling: WeightDecayScaling
     scale_epsilon: bool = True
@@ -52,9 +53,8 @@ class Assembly:
         rule: Rule,
         *,
         normalize: optax.GradientTransformation | None = None,
-        learning_rate: Scalar | None = None,
     ) -> optax.GradientTransformation:
-        """η·direction + decay, by the rule; normalized, or with another η, if so wanted."""
+        """The direction by its rule, normalized if so wanted, and coupled decay."""
         if normalize is not None:
             direction, rule = optax.chain(direction, normalize), rules.spectrally_normalized(rule)
         if self.learning_rate_scaling != "mup":
@@ -62,21 +62,13 @@ class Assembly:
         if not self.scale_epsilon:
             rule = rule.with_constant_epsilon()
         by_rule = direction if self.shapes is None else mup(direction, rule, self.shapes)
-        rate = optax.scale(self.learning_rate if learning_rate is None else learning_rate)
-        if self.weight_decay_scaling == "coupled":
-            decay = add_independent_weight_decay(self.weight_decay, self.shapes, scaling=rule)
-            return optax.chain(by_rule, decay, rate)
-        decay = add_independent_weight_decay(
-            self.weight_decay, self.shapes, scaling=self.weight_decay_scaling
-        )
-        return optax.chain(by_rule, rate, decay)
+        if self.weight_decay_scaling != "coupled":
+            return by_rule
+        decay = add_independent_weight_decay(self.weight_decay, self.shapes, scaling=rule)
+        return optax.chain(by_rule, decay)
 
-    def adam(
-        self, b1: float, b2: float, eps: float, learning_rate: Scalar | None = None
-    ) -> optax.GradientTransformation:
-        return self.scaled(
-            optax.scale_by_adam(b1, b2, eps), rules.adam(), learning_rate=learning_rate
-        )
+    def adam(self, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+        return self.scaled(optax.scale_by_adam(b1, b2, eps), rules.adam())
 
     def route(
         self, other: optax.GradientTransformation, **by_role: optax.GradientTransformation
@@ -92,8 +84,18 @@ class Assembly:
 
     def whole(self, scaled: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """The optimizer that takes these steps, by the schedule and downhill."""
+        rate = optax.scale(self.learning_rate)
+        if self.embedding_readout_learning_rate is not None:
+            rate = self.route(optax.scale(self.embedding_readout_learning_rate), hidden=rate)
+        steps = [scaled, rate]
+        if self.weight_decay_scaling != "coupled":
+            steps.append(
+                add_independent_weight_decay(
+                    self.weight_decay, self.shapes, scaling=self.weight_decay_scaling
+                )
+            )
         return optax.chain(
-            scaled,
+            *steps,
             optax.scale_by_schedule(self.schedule or (lambda count: 1.0)),
             optax.scale(-1.0),
         )

@@ -30,6 +30,7 @@ def adamw(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,
@@ -44,6 +45,9 @@ def adamw(
       schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
       weight_decay: λ of the base model, per step; of matrices only.
       shapes: from `infer_shapes`; None for standard parametrization.
+      embedding_readout_learning_rate: η of the base model of all but hidden matrices, which are
+        embedding, readout and vectors; None for `learning_rate`. Without `shapes` every matrix is
+        hidden.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
@@ -66,6 +70,7 @@ def adamw(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,
@@ -79,6 +84,7 @@ def adopt(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.9,
     b2: float = 0.9999,
     eps: float = 1e-6,
@@ -89,8 +95,8 @@ def adopt(
     """ADOPT, with clipping: `optax.contrib.scale_by_adopt`. The first step updates nothing.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
-        scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: least root of the second moment in the base model, in units of the gradient.
@@ -107,6 +113,7 @@ def adopt(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,
@@ -120,6 +127,7 @@ def lamb(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
@@ -135,8 +143,8 @@ def lamb(
     1 where W or r is zero.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
-        scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
@@ -157,6 +165,7 @@ def lamb(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,
@@ -170,6 +179,7 @@ def lion(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.9,
     b2: float = 0.99,
     learning_rate_scaling: LearningRateScaling = "mup",
@@ -178,8 +188,8 @@ def lion(
     """Lion: the sign of the momentum.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling: as
-        in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling: as in `adamw`.
       b1: weight of the momentum against the gradient in the sign.
       b2: decay of the momentum.
 
@@ -190,7 +200,13 @@ def lion(
       Chen et al., `Lion <https://arxiv.org/abs/2302.06675>`_, 2023.
     """
     of = Assembly(
-        learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        embedding_readout_learning_rate,
+        learning_rate_scaling,
+        weight_decay_scaling,
     )
     return of.whole(of.scaled(optax.scale_by_lion(b1, b2), rules.lion()))
 
@@ -201,6 +217,7 @@ def sophia(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.96,
     b2: float = 0.99,
     gamma: float | None = None,
@@ -218,8 +235,8 @@ def sophia(
     of entries is clipped at every size.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling: as
-        in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling: as in `adamw`.
       scale_epsilon: as in `adamw`; of γ too.
       b1: decay of the momentum.
       b2: decay of the curvature, once in `update_interval` steps.
@@ -268,6 +285,7 @@ def sophia(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,

@@ -24,6 +24,7 @@ def adamuon(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.95,
     b2: float = 0.95,
     eps: float = 1e-8,
@@ -33,7 +34,6 @@ def adamuon(
     steps: int | None = None,
     hidden_only: bool = True,
     spectral_norm: bool = False,
-    adam_learning_rate: Scalar | None = None,
     adam_b1: float = 0.8,
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
@@ -45,11 +45,11 @@ def adamuon(
     """AdaMuon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling: as
-        in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling: as in `adamw`.
       b1, b2, eps, nesterov, muon_eps, orthogonalizer, steps, weight_dimension_numbers: as in
         `scale_by_adamuon`.
-      hidden_only, spectral_norm, adam_learning_rate, adam_b1, adam_b2, adam_eps: as in `muon`.
+      hidden_only, spectral_norm, adam_b1, adam_b2, adam_eps: as in `muon`.
       scale_epsilon: as in `adamw`, of Adam; `eps` and `muon_eps` are the same at every size.
 
     Returns:
@@ -73,6 +73,7 @@ def adamuon(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,
@@ -80,7 +81,7 @@ def adamuon(
     by_role = _on_matrices(
         of, direction, rules.adamuon(), hidden_only, spectral_norm, weight_dimension_numbers
     )
-    other = of.adam(adam_b1, adam_b2, adam_eps, adam_learning_rate)
+    other = of.adam(adam_b1, adam_b2, adam_eps)
     return of.whole(of.route(other, **by_role))
 
 
@@ -90,6 +91,7 @@ def muon(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     beta: float = 0.95,
     nesterov: bool = True,
     eps: float = 1e-8,
@@ -98,7 +100,6 @@ def muon(
     variant: QiuOrRmsMatching = "qiu",
     hidden_only: bool = True,
     spectral_norm: bool = False,
-    adam_learning_rate: Scalar | None = None,
     adam_b1: float = 0.8,
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
@@ -110,15 +111,14 @@ def muon(
     """Muon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
-        scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
       beta, nesterov, eps, orthogonalizer, steps, weight_dimension_numbers: as in `scale_by_muon`.
       variant: of `rules.muon`.
       hidden_only: whether embedding and readout are left to Adam ("Muon-Adam" of Qiu et al.);
         otherwise they take the direction too ("Muon"), and vectors alone have Adam.
       spectral_norm: whether to follow the direction by `normalize_spectral_norm`, on embeddings by
         `normalize_rms`; η of what is normalized is the same at every size.
-      adam_learning_rate: η of Adam in the base model; None for `learning_rate`.
       adam_b1: decay of Adam's momentum.
       adam_b2: decay of Adam's second moment.
       adam_eps: ε of Adam in the base model.
@@ -142,6 +142,7 @@ def muon(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,
@@ -154,7 +155,7 @@ def muon(
         spectral_norm,
         weight_dimension_numbers,
     )
-    other = of.adam(adam_b1, adam_b2, adam_eps, adam_learning_rate)
+    other = of.adam(adam_b1, adam_b2, adam_eps)
     return of.whole(of.route(other, **by_role))
 
 
@@ -164,6 +165,7 @@ def shampoo(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.95,
     b2: float = 0.98,
     eps: float = 1e-5,
@@ -176,7 +178,6 @@ def shampoo(
     grafted: bool = True,
     hidden_only: bool = True,
     spectral_norm: bool = False,
-    adam_learning_rate: Scalar | None = None,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     learning_rate_scaling: LearningRateScaling = "mup",
@@ -186,8 +187,8 @@ def shampoo(
     """Shampoo² with blocks, grafted to Adam, on hidden matrices; Adam on the others.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
-        scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
       b1, b2: as in `scale_by_shampoo`; of Adam too.
       eps, exponent, relative_eps, block_size, max_preconditioner_dim, precondition_frequency,
         stagger, weight_dimension_numbers: as in `scale_by_shampoo`. An absolute ε is that of the
@@ -196,8 +197,6 @@ def shampoo(
         those of Shampoo, whose η is of another order of magnitude.
       hidden_only: as in `muon`.
       spectral_norm: as in `muon`; it leaves nothing of the grafting.
-      adam_learning_rate: η of Adam in the base model, where it has parameters of its own; None for
-        `learning_rate`.
       adam_eps: ε of Adam in the base model, where it sets the size of Shampoo's updates too.
 
     Returns:
@@ -237,6 +236,7 @@ def shampoo(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,
@@ -244,7 +244,7 @@ def shampoo(
     by_role = _on_matrices(
         of, direction, rule, hidden_only, spectral_norm, weight_dimension_numbers
     )
-    other = of.adam(b1, b2, adam_eps, adam_learning_rate)
+    other = of.adam(b1, b2, adam_eps)
     return of.whole(of.route(other, **by_role))
 
 
@@ -254,6 +254,7 @@ def soap(
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Scalar | None = None,
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,
@@ -262,8 +263,8 @@ def soap(
     precondition_frequency: int = 10,
     exact_steps: int = 1,
     stagger: bool = True,
+    hidden_only: bool = False,
     spectral_norm: bool = False,
-    adam_learning_rate: Scalar | None = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     learning_rate_scaling: LearningRateScaling = "mup",
     weight_decay_scaling: WeightDecayScaling = "1/width",
@@ -272,14 +273,13 @@ def soap(
     """SOAP with blocks on matrices, on the width side alone of embedding and readout.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, learning_rate_scaling, weight_decay_scaling,
-        scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
       b1, b2, eps: as in `scale_by_soap`; of Adam too. ε is that of the base model.
       block_size, max_preconditioner_dim, precondition_frequency, exact_steps, stagger,
         weight_dimension_numbers: as in `scale_by_soap`.
+      hidden_only: whether embedding and readout are left to Adam.
       spectral_norm: as in `muon`.
-      adam_learning_rate: η of Adam in the base model, which then takes embedding and readout; None
-        leaves them to SOAP. Vectors have Adam either way, at this rate or at `learning_rate`.
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
@@ -296,6 +296,7 @@ def soap(
         schedule,
         weight_decay,
         shapes,
+        embedding_readout_learning_rate,
         learning_rate_scaling,
         weight_decay_scaling,
         scale_epsilon,
@@ -317,9 +318,9 @@ def soap(
         return of.scaled(direction, rules.soap(**blocks, sides=sides), normalize=normalize)
 
     by_role = {"hidden": on("hidden", "both")}
-    if adam_learning_rate is None:
+    if not hidden_only:
         by_role |= {"embedding": on("embedding", "out"), "readout": on("readout", "in")}
-    return of.whole(of.route(of.adam(b1, b2, eps, adam_learning_rate), **by_role))
+    return of.whole(of.route(of.adam(b1, b2, eps), **by_role))
 
 
 def _on_matrices(

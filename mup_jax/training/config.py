@@ -28,6 +28,7 @@ MACHINE_KEYS = ("mesh", "microbatches", "remat", "attention", "health_every")
 # The arguments of an optimizer that the trainer sets itself.
 _SET_BY_TRAINER = {
     "learning_rate",
+    "embedding_readout_learning_rate",
     "weight_decay",
     "schedule",
     "shapes",
@@ -40,13 +41,15 @@ def default_settings() -> dict[str, Any]:
 
     `base` is the model in which learning rate and weight decay were tuned. `tokens` and
     `warmup_tokens` count training tokens; steps follow from `batch_size` (rows) and `context`.
-    `optimizer.options` are passed on to `mup_jax.<optimizer.name>`; `optimizer.epsilon`, where it
-    is not None, is every absolute ε of it. `clip_norm` bounds the global norm of the gradient; 0
-    leaves it alone. `eval_batches` bounds the validation batches; validation also runs every
-    `eval_every` steps where that is not 0. Without checkpoints (`checkpoint_every` 0) an
-    interrupted run begins again. `measure_optimizer` is whether the optimizer's FLOPs and share of
-    a step are measured. `dtype` is that of activations; weights are float32. `init_from` is the
-    folder of a run of the same model whose weights this one begins with; empty for random ones.
+    Embedding, readout and vectors have `optimizer.embedding_readout_factor` times the learning rate
+    of hidden matrices. `optimizer.options` are passed on to `mup_jax.<optimizer.name>`;
+    `optimizer.epsilon`, where it is not None, is every absolute ε of it. `clip_norm` bounds the
+    global norm of the gradient; 0 leaves it alone. `eval_batches` bounds the validation batches;
+    validation also runs every `eval_every` steps where that is not 0. Without checkpoints
+    (`checkpoint_every` 0) an interrupted run begins again. `measure_optimizer` is whether the
+    optimizer's FLOPs and share of a step are measured. `dtype` is that of activations; weights are
+    float32. `init_from` is the folder of a run of the same model whose weights this one begins
+    with; empty for random ones.
 
     `MACHINE_KEYS` say how the work is done, not what comes out, and may change when a run goes on:
     `mesh` is how devices are arranged (see `make_mesh`), `microbatches` into how many parts a batch
@@ -73,6 +76,7 @@ def default_settings() -> dict[str, Any]:
         "optimizer": {
             "name": "muon",
             "learning_rate": 2e-2,
+            "embedding_readout_factor": 1.0,
             "weight_decay": 0.0,
             "epsilon": None,
             "options": {},
@@ -213,6 +217,11 @@ def validate(config: Config) -> None:
     for key in ("context", "batch_size", "eval_batches", "microbatches"):
         if config[key] <= 0:
             raise ValueError(f"config.{key}={config[key]}: give a positive value")
+    if given.embedding_readout_factor <= 0:
+        raise ValueError(
+            f"config.optimizer.embedding_readout_factor={given.embedding_readout_factor}: give a "
+            "positive value, 1 for one learning rate of all parameters"
+        )
     for key in ("clip_norm", "checkpoint_every", "eval_every", "health_every"):
         if config[key] < 0:
             raise ValueError(f"config.{key}={config[key]}: give a positive value, or 0 for none")
@@ -249,12 +258,13 @@ def identity(config: Config) -> str:
 
 
 def program_identity(config: Config) -> str:
-    """Equal for runs that can share compiled programs: learning rate, weight decay, ε and seed are
+    """Equal for runs that can share compiled programs: learning rates, weight decay, ε and seed are
     arguments of those.
     """
     shared = copy.deepcopy(config)
     shared.seed = 0
     shared.optimizer.learning_rate = shared.optimizer.weight_decay = 0.0
+    shared.optimizer.embedding_readout_factor = 1.0
     if shared.optimizer.epsilon is not None:
         shared.optimizer.epsilon = 0.0
     return to_json(shared)

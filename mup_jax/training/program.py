@@ -54,12 +54,13 @@ class Hyperparameters(NamedTuple):
     learning_rate: Any
     weight_decay: Any
     epsilon: Any = 0.0
+    embedding_readout_factor: Any = 1.0
 
     @classmethod
     def of(cls, config: Config) -> "Hyperparameters":
         given = config.optimizer
         values = given.learning_rate, given.weight_decay, given.epsilon or 0.0
-        return cls(*(jnp.float32(value) for value in values))
+        return cls(*map(jnp.float32, (*values, given.embedding_readout_factor)))
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -185,6 +186,8 @@ class Program:
             )
         optimizer = make(
             hyperparameters.learning_rate,
+            embedding_readout_learning_rate=hyperparameters.learning_rate
+            * hyperparameters.embedding_readout_factor,
             weight_decay=hyperparameters.weight_decay,
             schedule=self.schedule,
             shapes=self.shapes,

@@ -38,6 +38,7 @@ def run_record(
         "batch_size": config.batch_size,
         "optimizer": config.optimizer.name,
         "learning_rate": config.optimizer.learning_rate,
+        "embedding_readout_factor": config.optimizer.embedding_readout_factor,
         "weight_decay": config.optimizer.weight_decay,
         "seed": config.seed,
         "validation_loss": lines[-1].get("validation_loss"),

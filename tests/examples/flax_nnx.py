@@ -22,7 +22,7 @@ def main():
     y = x[:, :1] * x[:, 1:2]
     (_, base), (graph, params) = (nnx.split(MLP(width, nnx.Rngs(0))) for width in (32, 128))
     shapes = mup_jax.infer_shapes(base, params)
-    optimizer = mup_jax.muon(0.03, shapes=shapes, adam_learning_rate=0.01)
+    optimizer = mup_jax.muon(0.03, shapes=shapes, embedding_readout_learning_rate=0.01)
 
     def step(carry, _):
         params, state = carry

@@ -373,7 +373,7 @@ def test_the_ladder_of_the_paper():
     muon = ladder.cell(ladder.rungs[-1], MUON, 8e-3, 0).config
     assert muon.warmup_tokens == 11_140_854
     assert muon.optimizer.weight_decay * muon.base.width == pytest.approx(0.16384)
-    assert muon.optimizer.options.adam_learning_rate == pytest.approx(1.6 * 8e-3)
+    assert muon.optimizer.embedding_readout_factor == pytest.approx(1.6)
     adamw = ladder.cell(ladder.rungs[-1], ADAMW, 4e-3, 0).config
     assert adamw.warmup_tokens == 742_723_584
     assert adamw.optimizer.options.eps == 1e-20
