@@ -156,7 +156,8 @@ def compile_program(lowered: Any, lower_seconds: float) -> tuple[Any, dict[str, 
         "program_lines": len((compiled.as_text() or "").splitlines()),
     }
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    facts["gflops"] = costs.get("flops", 0.0) / 1e9
+    if "flops" in costs:
+        facts["gflops"] = costs["flops"] / 1e9
     if memory:
         facts |= {
             "argument_megabytes": memory.argument_size_in_bytes / 1e6,

@@ -72,7 +72,7 @@ def main(_: list[str]) -> int:
         scale = "tiny" if device.platform == "cpu" else "full"
     output = Path(OUTPUT.value)
     identity: dict[str, Any] = {
-        "device": f"{jax.device_count()} x {device.device_kind}",
+        "device": device.device_kind,
         "jax": jax.__version__,
         "optax": optax.__version__,
         "scale": scale,

@@ -20,6 +20,8 @@ from mup_jax.training.metrics import read_lines, write_atomically
 Row = dict[str, Any]
 Rows = Mapping[str, Row]
 
+# What XLA's errors say that are about a device's memory: it is small, nothing has failed.
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 # How long a case may go on after the minutes are over.
 _GRACE_SECONDS = 30.0
 
@@ -227,7 +229,10 @@ class Session:
             entry = Entry("skipped", took(), reason=str(error))
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            entry = Entry("failed", took(), reason=reason, traceback=traceback.format_exc())
+            if OUT_OF_MEMORY in str(error):
+                entry = Entry("skipped", took(), reason=f"too large for this device, {reason}")
+            else:
+                entry = Entry("failed", took(), reason=reason, traceback=traceback.format_exc())
         gc.collect()  # the arrays of a traceback
         self._keep(part, case, entry)
         told = entry.reason or ", ".join(

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 
 from experiments.accelerator.report import COMPILER, number, words
-from experiments.accelerator.session import Case, Column, Part, Row, Rows
+from experiments.accelerator.session import OUT_OF_MEMORY, Case, Column, Part, Row, Rows
 from experiments.accelerator.timing import time_steps
 from experiments.optimizer_cases import compile_program
-from mup_jax.models.llama import num_parameters
+from mup_jax.models.llama import forward_flops_per_token, num_parameters
 from mup_jax.training.config import as_namespace, default_settings
-from mup_jax.training.mesh import make_mesh
+from mup_jax.training.mesh import AXES
 from mup_jax.training.metrics import finite_or_none
 from mup_jax.training.program import Hyperparameters, Program
-from mup_jax.training.throughput import utilization
+from mup_jax.training.throughput import peak_flops
 
 _GRADIENT = "gradient alone"
 _BASE_WIDTH = 512
@@ -58,7 +58,7 @@ def settings(scale: str) -> tuple[dict[str, Any], int]:
 
 
 def make_program(name: str, scale: str, microbatches: int, attention: str = "auto") -> Program:
-    """The program of an optimizer, for the mesh in use or else one of all devices."""
+    """The program of an optimizer, for the mesh in use or else the first device."""
     run, vocabulary = settings(scale)
     rate, options, _ = _OPTIMIZERS[name]
     run["optimizer"] |= {
@@ -70,7 +70,9 @@ def make_program(name: str, scale: str, microbatches: int, attention: str = "aut
     }
     config = as_namespace(run | {"microbatches": microbatches, "attention": attention})
     mesh = jax.sharding.get_mesh()
-    with jax.set_mesh(make_mesh(config) if mesh.empty else mesh):
+    if mesh.empty:
+        mesh = jax.make_mesh((1,) * len(AXES), AXES, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
         return Program(config, vocabulary)
 
 
@@ -133,16 +135,11 @@ def _measure(name: str, scale: str, microbatches: int, _: float) -> Row:
     try:
         return row | _train(name, scale, microbatches, "auto")
     except Exception as error:
-        if _out_of_memory(error):
-            return row | {"note": "does not fit"}
-        if make_program(name, scale, microbatches).model.attention == "xla":
+        attention = make_program(name, scale, microbatches).model.attention
+        if OUT_OF_MEMORY in str(error) or attention == "xla":
             raise
-        row["note"] = f"the platform's own attention fails: {' '.join(str(error).split())[:200]}"
+        row["note"] = f"{attention} fails: {' '.join(str(error).split())[:200]}"
     return row | _train(name, scale, microbatches, "xla")
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 def _train(name: str, scale: str, microbatches: int, attention: str) -> Row:
@@ -188,10 +185,17 @@ def _time(name: str, program: Program, steps: int) -> Row:
         rate = 1e3 * config.batch_size * config.context / times["step_ms"]
         row |= {
             "tokens_per_second": rate,
-            "mfu": utilization(program.model, config, rate),
+            "mfu": _utilization(program, rate),
             "loss": finite_or_none(loss),
             "skipped_steps": int(metrics["skipped"]),
         }
         if row["loss"] is None or row["skipped_steps"]:
             row["violations"] = [f"loss {loss}, {row['skipped_steps']} steps skipped"]
     return row
+
+
+def _utilization(program: Program, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilization of one device; see `mup_jax.training.throughput.Progress`."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops = 3 * forward_flops_per_token(program.model, program.config.context)
+    return tokens_per_second * flops / peak if peak else None

@@ -125,6 +125,12 @@ def test_what_is_not_here_is_skipped(desk):
     assert desk.measured == ["absent"]
 
 
+def test_a_small_device_is_no_failure(desk):
+    large = raising("large", RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte"))
+    assert desk.run(with_case(desk.part("one", a=1), large)).failed == []
+    assert desk.report() == {"large": "skipped", "a": "measured"}
+
+
 def test_what_must_hold_and_does_not_is_a_failure(desk):
     wrong = Case("wrong", 1, lambda _: {"answer": 41, "violations": ["41 is not 42"]})
     part = with_case(desk.part("one"), wrong)
@@ -238,6 +244,26 @@ def test_a_step_of_an_optimizer():
     assert row["state_floats"] == pytest.approx(2, abs=1e-2)
     assert row["compile_seconds"] > 0
     assert row["program_lines"] > 10
+
+
+def test_attention_that_fails_is_replaced(monkeypatch):
+    """As cuDNN's does here, where there is no GPU."""
+    tried = []
+
+    def train(name, scale, microbatches, attention):
+        tried.append(attention)
+        if attention == "auto":
+            raise RuntimeError("no cuDNN")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(training, "_train", train)
+    (case, *_) = training.part("tiny").cases
+    with pytest.raises(RuntimeError):
+        case.measure(10.0)
+    monkeypatch.setattr("mup_jax.training.config.attention_of", lambda *_: "cudnn")
+    row = case.measure(10.0)
+    assert row["note"] == "cudnn fails: no cuDNN"
+    assert tried == ["auto", "auto", "xla"]
 
 
 def test_a_ladder_needs_its_packages(desk, monkeypatch):
