@@ -20,11 +20,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.accelerator import (
     compilation,
@@ -62,6 +61,7 @@ def main(_: list[str]) -> int:
     unknown = [name for name in ONLY.value if name not in PARTS]
     if unknown:
         raise app.UsageError(f"--parts={','.join(unknown)}: choose of {', '.join(PARTS)}")
+    logging.set_verbosity(logging.ERROR)
     # Torch and the ladder, in processes of their own, need memory of the GPU too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # A kill ends the processes that a case began.
@@ -71,7 +71,7 @@ def main(_: list[str]) -> int:
     if scale == "auto":
         scale = "tiny" if device.platform == "cpu" else "full"
     output = Path(OUTPUT.value)
-    identity: dict[str, Any] = {
+    identity = {
         "device": device.device_kind,
         "jax": jax.__version__,
         "optax": optax.__version__,

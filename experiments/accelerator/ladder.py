@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 _PACKAGES = {
     "grain": "grain",
     "ml_collections": "ml-collections",
-    "orbax": "orbax-checkpoint",
+    "orbax.checkpoint": "orbax-checkpoint",
     "matplotlib": "matplotlib",
     "scipy": "scipy",
     "markdown_it": "markdown-it-py",
@@ -89,7 +89,7 @@ def _missing_packages() -> list[str]:
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # what was set to None in sys.modules
+    except (ModuleNotFoundError, ValueError):  # no parent, or None in sys.modules
         return False
 
 

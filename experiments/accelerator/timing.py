@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-_LEAST_REPEATS, _MOST_REPEATS = 2, 7
+_MOST_REPEATS = 7
 
 
 def time_steps(
@@ -30,7 +30,8 @@ def time_steps(
       state: the first.
       steps: given at once; also so many single ones.
       warm_up: steps before.
-      patience: seconds for all that are given at once, unless two times take longer.
+      patience: seconds for all that are given at once; where `steps` take longer one by one, their
+        mean counts.
       wait: until a state is there.
 
     Returns:
@@ -45,16 +46,15 @@ def time_steps(
         state = advance(state)
         wait(state)
         single.append(time.perf_counter() - start)
-    repeats = min(max(int(patience / sum(single)), _LEAST_REPEATS), _MOST_REPEATS)
     together = []
-    for _ in range(repeats):
+    for _ in range(min(int(patience / sum(single)), _MOST_REPEATS)):
         start = time.perf_counter()
         for _ in range(steps):
             state = advance(state)
         wait(state)
         together.append((time.perf_counter() - start) / steps)
     return {
-        "step_ms": 1e3 * statistics.median(together),
+        "step_ms": 1e3 * statistics.median(together or [statistics.mean(single)]),
         "single_ms": 1e3 * statistics.median(single),
         "worst_ms": 1e3 * max(single),
     }, state

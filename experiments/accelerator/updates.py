@@ -131,5 +131,7 @@ def _in_torch(peer: str, layers: int, width: int, block: int, seconds: float) ->
         last: Any = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         if "has no attribute 'Muon'" in last[-1] or "not compiled with CUDA" in last[-1]:
             raise Unavailable(f"{last[-1]}: install torch 2.9 or newer, with CUDA for GPUs")
+        if "out of memory" in last[-1]:
+            raise Unavailable(f"beside what JAX holds there is too little memory: {last[-1]}")
         raise RuntimeError(f"torch: {last[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
