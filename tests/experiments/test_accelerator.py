@@ -182,6 +182,27 @@ def test_what_was_killed_comes_last(desk):
         json.loads(line)
 
 
+HANGING = """
+import sys, time
+from pathlib import Path
+from experiments.accelerator import report, session
+
+session._GRACE_SECONDS = 0.5
+cases = [session.Case("a", 0.1, lambda _: {}), session.Case("hangs", 0.1, lambda _: time.sleep(60))]
+part = session.Part("one", "Part one", 1.0, cases, [])
+write = report.writer("command")
+session.Session(Path(sys.argv[1]), {"device": "abacus"}, [part], 0.02, write).run(["one"])
+"""
+
+
+def test_what_hangs_ends_with_the_minutes_and_takes_nothing_along(desk):
+    command = [sys.executable, "-c", HANGING, str(desk.folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    assert "one / hangs did not end" in done.stdout
+    assert desk.report() == {"a": "measured", "hangs": "begun"}
+
+
 def test_results_of_other_devices_are_refused(desk):
     desk.run(desk.part("one", a=1))
     with pytest.raises(ValueError, match=r"abacus, 0, tiny, and this is quipu.*--output"):
