@@ -1,15 +1,13 @@
 """Progress in the terminal: cells, steps, losses, time left."""
 
-import math
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Self
 
 from experiments.cells.cell import Cell, Results, Work
+from experiments.cells.pace import Pace
 
 _STATUS_SECONDS = 1.0
 
@@ -34,7 +32,7 @@ class Progress:
         self._work = work
         self._reports = reports
         self._finished = finished
-        self._pace = Pace(work.flops)
+        self._pace = Pace(work.flops, work.workers)
         self._running: dict[str, tuple[Cell, int, int, float | None]] = {}
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -89,76 +87,8 @@ class Progress:
         sizes = sum(count == 0 for count in of_size.values())
         elapsed = time.perf_counter() - self._start
         seconds = self._pace.seconds_left(remaining)
-        estimate = "?" if seconds is None else f"~{_minutes(seconds / self._work.workers)}"
+        estimate = "?" if seconds is None else f"~{_minutes(seconds)}"
         cells = f"{len(results)}/{len(results) + sum(remaining.values())} cells"
         return (
             f"{sizes}/{len(of_size)} sizes, {cells}, {_minutes(elapsed)} elapsed, {estimate} left"
         )
-
-
-@dataclass
-class _Seen:
-    """What has been seen of one task: seconds of the clock, and cells done, begun ones in part."""
-
-    begun: float
-    trains: float | None = None
-    last: float = 0.0
-    done: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def seconds_per_cell(self) -> float | None:
-        done = sum(self.done.values())
-        return (self.last - self.trains) / done if self.trains is not None and done else None
-
-
-class Pace:
-    """How long the tasks of some work take, from what has been seen of them.
-
-    A task prepares, which is mostly compilation, and then trains its cells one after another. A
-    size of which nothing has been seen yet is extrapolated from the nearest one below.
-
-    Args:
-      flops: of a cell of each size.
-    """
-
-    # Of seconds in FLOPs: products of small matrices take longer than in proportion.
-    _EXPONENT = 0.8
-
-    def __init__(self, flops: Mapping[str, float]):
-        self._flops = flops
-        self._seen: dict[tuple[str, str], _Seen] = {}
-
-    def add(self, task: tuple[str, str], cell: str, part: float, now: float) -> None:
-        """Part of a cell of this task, 0 where it begins and 1 where it ends, is done now."""
-        seen = self._seen.setdefault(task, _Seen(now))
-        if part > 0 and seen.trains is None:
-            seen.trains = now
-        seen.last = now
-        seen.done[cell] = max(part, seen.done.get(cell, 0.0))
-
-    def seconds_left(self, remaining: Mapping[tuple[str, str], int]) -> float | None:
-        """Of one worker, for so many cells of each task; None while nothing has been trained."""
-        prepared = [x.trains - x.begun for x in self._seen.values() if x.trains is not None]
-        if not any(seen.seconds_per_cell for seen in self._seen.values()):
-            return None
-        preparation = statistics.fmean(prepared)
-        total = 0.0
-        for task, count in remaining.items():
-            seen = self._seen.get(task)
-            done = 0.0 if seen is None else sum(x for x in seen.done.values() if x < 1)
-            total += max(count - done, 0.0) * self._seconds_per_cell(*task)
-            if count and (seen is None or seen.trains is None):
-                total += preparation
-        return total
-
-    def _seconds_per_cell(self, size: str, name: str) -> float:
-        seen = self._seen.get((size, name))
-        if seen is not None and seen.seconds_per_cell:
-            return seen.seconds_per_cell
-        known: dict[str, list[float]] = {}
-        for (of, _), each in self._seen.items():
-            if each.seconds_per_cell:
-                known.setdefault(of, []).append(each.seconds_per_cell)
-        nearest = min(known, key=lambda of: abs(math.log(self._flops[of] / self._flops[size])))
-        ratio = self._flops[size] / self._flops[nearest]
-        return statistics.fmean(known[nearest]) * ratio**self._EXPONENT

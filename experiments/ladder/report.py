@@ -49,7 +49,8 @@ def result_lines(ladder: Ladder, results: Results) -> list[dict[str, Any]]:
 def _sorted(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     of_series = ("parameters", "optimizer", "parametrization", "is_tuning")
     order = (*of_series, *Rates._fields, "weight_decay", "seed")
-    return sorted(lines, key=lambda line: [line[key] for key in order])
+    older = {"is_tuning": False, "embedding_readout_factor": 1.0}  # lines of version 0.1
+    return sorted(lines, key=lambda line: [(older | line)[key] for key in order])
 
 
 def write_report(
