@@ -1,6 +1,7 @@
 """What a process that runs cells does, whoever started it."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,8 +39,10 @@ def configure(platform: str, compiled: Path) -> None:
 def run_task(task: Task, workdir: Path, reports: Any) -> None:
     """Trains the cells of a task, each in its folder in `workdir`; `reports` is for `Progress`.
 
-    Cells that another worker has claimed are left to that one.
+    Cells that another worker has claimed are left to that one. What a task has compiled is
+    forgotten with the next but one: a worker's memory does not grow with the ladder.
     """
+    gc.collect()
     groups = _groups(task.cells, workdir) if task.vectorized else [[cell] for cell in task.cells]
     for group in groups:
         with contextlib.ExitStack() as stack, contextlib.suppress(ClaimLost):
