@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.experiments.test_ladder import CONFIG_FILE
+
 LAUNCH = Path("experiments/launch").absolute()
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 CONFIG = str(Path("configs/tiny.py").absolute())
@@ -138,8 +140,11 @@ def test_slurm(run, code, requeued):
         assert_trains(module_and_flags(srun))
 
 
-def test_slurm_ladder(run):
-    settings = {**SETTINGS["slurm_ladder.sbatch"], **OF_SLURM}
+def test_slurm_ladder(run, tmp_path):
+    # The plan times a step of every rung.
+    config = tmp_path / "ladder.py"
+    config.write_text(CONFIG_FILE)
+    settings = {**SETTINGS["slurm_ladder.sbatch"], **OF_SLURM, "CONFIG": str(config)}
     process, (srun,) = run(LAUNCH / "slurm_ladder.sbatch", "--config.workers=16", **settings)
     assert process.returncode == 0, process.stderr
     assert "symmetric-run" in srun

@@ -75,9 +75,10 @@ def kill_again_and_again(config, workdir, kills):
     return finish(start(config, workdir))
 
 
-def test_killed_runs_end_with_the_same_numbers(config_file, undisturbed):
-    workdir = config_file.parent / "killed"
-    output, errors = kill_again_and_again(config_file, workdir, 3)
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_runs_end_with_the_same_numbers(config_file, undisturbed, kills):
+    workdir = config_file.parent / f"killed {kills}"
+    output, errors = kill_again_and_again(config_file, workdir, kills)
     assert errors == ""
     assert "validation loss" in output
     assert_same_run(workdir, undisturbed)
@@ -91,6 +92,7 @@ def test_twenty_kills_of_a_preconditioned_run(config_file):
     assert_same_run(folder / "killed soap", folder / "soap", steps=2000)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends(config_file, undisturbed):
     workdir = config_file.parent / "preempted"
     process = start(config_file, workdir)
@@ -121,6 +123,7 @@ def fill(path):
             file.write(bytes(1 << 12))
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_its_checkpoint(config_file, undisturbed):
     disk = config_file.parent / "disk"
     mounted(disk, 8)

@@ -262,8 +262,9 @@ def test_an_observer_that_fails_is_left_out(tmp_path, caplog):
     assert "an observer failed and is left out" in caplog.text
 
 
-def test_health_and_a_trace(tmp_path):
-    config = tiny_config(optimizer__name="shampoo", health_every=20, measure_optimizer=False)
+@pytest.mark.slow
+def test_a_trace(tmp_path):
+    config = tiny_config(measure_optimizer=False)
     workdir = tmp_path / "run"
     with pytest.raises(Interruption):
         train(config, workdir, interrupt_at(16), profile=range(10, 13))
@@ -272,6 +273,12 @@ def test_health_and_a_trace(tmp_path):
     shutil.rmtree(workdir / "profile")
     train(config, workdir, profile=range(5, 100))
     assert list(workdir.glob("profile/**/*.xplane.pb"))
+
+
+def test_health(tmp_path):
+    config = tiny_config(optimizer__name="shampoo", health_every=20, measure_optimizer=False)
+    workdir = tmp_path / "run"
+    train(config, workdir)
     lines = {line["step"]: line for line in read_lines(workdir / "metrics.jsonl")}
     assert [step for step, line in lines.items() if "nonfinite" in line] == [20, 40]
     conditions = [key for key in lines[40] if key.startswith("condition/")]

@@ -88,14 +88,6 @@ def put(tree, leaves, mesh):
     }
 
 
-@pytest.fixture
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 SLOW = [
     ("shampoo", "Explicit"), ("soap_blocks", "Explicit"), ("graft", "Explicit"),
     ("soap_one_side", "Explicit"), ("adamuon", "Explicit"),
@@ -103,7 +95,6 @@ SLOW = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("name", "axis_type"),
     [
@@ -190,6 +181,7 @@ def factorizations(text):
     return sum(int(n) for n in re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', text))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "leaves",
     [pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow), pytest.param(TENSOR, id="tensor")],
@@ -222,6 +214,7 @@ def test_state_and_work_are_equal_shares_and_nothing_is_gathered(name, leaves):
         assert sum(found["all-to-all"]) == 4 * share
 
 
+@pytest.mark.optimized
 def test_the_work_on_a_vocabulary_is_divided_though_it_is_one_matrix():
     # No number of devices divides it.
     leaves = {"embedding": ((1, 2011, 32), jax.P(None, None, ("data", "model")))}
@@ -237,6 +230,7 @@ def test_the_work_on_a_vocabulary_is_divided_though_it_is_one_matrix():
     assert sum(found["all-reduce"]) <= 32 * 32 + 10
 
 
+@pytest.mark.optimized
 def test_automatic_axes_gather_nothing_either():
     for name in ("muon", "shampoo_blocks"):
         program, _ = compiled_update(name, FSDP, make_mesh(AxisType.Auto))
@@ -245,7 +239,6 @@ def test_automatic_axes_gather_nothing_either():
         assert bool(found["all-to-all"]) == (name == "muon")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "name", ["muon", "shampoo_blocks", pytest.param("soap", marks=pytest.mark.slow)]
 )
