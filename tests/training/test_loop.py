@@ -114,7 +114,7 @@ def interrupt_at(steps):
     return on_progress
 
 
-@pytest.mark.parametrize("name", ["adamw", "soap"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("soap", marks=pytest.mark.slow)])
 def test_interrupted_runs_end_with_the_same_numbers(tmp_path, name):
     config = tiny_config(optimizer__name=name)
     expected = train(config, tmp_path / "undisturbed")
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_set_aside(finished, tmp_path, caplog):
 
 def test_a_run_may_begin_with_the_weights_of_another(finished, tmp_path):
     workdir, _ = finished
-    changed = tiny_config(optimizer__name="muon", init_from=str(workdir))
+    changed = tiny_config(optimizer__name="lion", init_from=str(workdir))
     train(changed, tmp_path / "run")
     first, before = (read_lines(w / "metrics.jsonl") for w in (tmp_path / "run", workdir))
     # Where the other run ended, but at the beginning of the schedule and of the data.

@@ -89,8 +89,8 @@ def put(tree, leaves, mesh):
 
 
 SLOW = [
-    ("shampoo", "Explicit"), ("soap_blocks", "Explicit"), ("graft", "Explicit"),
-    ("soap_one_side", "Explicit"), ("adamuon", "Explicit"),
+    ("shampoo", "Explicit"), ("soap", "Explicit"), ("soap_blocks", "Explicit"),
+    ("soap_one_side", "Explicit"), ("graft", "Explicit"), ("adamuon", "Explicit"),
     *((name, "Auto") for name in TRANSFORMATIONS if name != "muon"),
 ]  # fmt: skip
 
