@@ -13,10 +13,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Most of what a test costs is compiling programs that run for a moment.
+    """Most of what a test costs is compiling a program that runs for a moment.
 
-    Here they are compiled without optimizations, in processes that tests start too. The slow tests
-    are compiled as users' programs are, and so are those marked `optimized`.
+    So they are compiled without optimizations, in processes that tests start too. Tests that are
+    marked `optimized` have LLVM's all the same, and with --optimize everything that users have.
     """
     if config.getoption("optimize"):
         return
@@ -36,11 +36,20 @@ def same_numbers_in_any_order(request):
 
 @pytest.fixture(autouse=True)
 def programs_of_users(request):
-    """What is asserted of an optimized program is asserted of one."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    if before and request.node.get_closest_marker("optimized"):
-        jax.config.update("jax_disable_most_optimizations", False)
+    """What is said of an optimized program is tested of one, whatever was compiled before."""
+    quick = jax.config.read("jax_disable_most_optimizations")
+    if not quick or not request.node.get_closest_marker("optimized"):
         yield
-        jax.config.update("jax_disable_most_optimizations", before)
-    else:
-        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+
+
+@pytest.fixture(
+    params=["quick", pytest.param("optimized", marks=[pytest.mark.slow, pytest.mark.optimized])]
+)
+def with_and_without_optimizations():
+    """The slow tests repeat the tests that use this, with programs as users compile them."""

@@ -15,6 +15,8 @@ import mup_jax
 from mup_jax import infer_shapes, rules
 from mup_jax.optimizers import OPTIMIZERS
 
+pytestmark = pytest.mark.usefixtures("with_and_without_optimizations")
+
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 # Square, as what rounding leaves in a null space is noise.

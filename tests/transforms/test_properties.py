@@ -23,12 +23,15 @@ K, N, BLOCK = 4, 12, 6
 RNG = np.random.default_rng(0)
 
 
-SLOW_PATHS = [pytest.param(path, marks=pytest.mark.slow) for path in ("gpu", "tpu")]
 # GPUs take one function from each of the other two.
-on_cpu_and_tpu = pytest.mark.parametrize("path", ["cpu", SLOW_PATHS[0], "tpu"], indirect=True)
+OPTIMIZED = [
+    pytest.param(path, id=f"{path} optimized", marks=[pytest.mark.slow, pytest.mark.optimized])
+    for path in ("cpu", "gpu", "tpu")
+]
+on_cpu_and_tpu = pytest.mark.parametrize("path", ["cpu", "tpu", *OPTIMIZED], indirect=True)
 
 
-@pytest.fixture(autouse=True, params=["cpu", *SLOW_PATHS])
+@pytest.fixture(autouse=True, params=["cpu", *OPTIMIZED])
 def path(request):
     """Every property holds for the algorithms of every platform."""
     with use_paths_of(request.param):

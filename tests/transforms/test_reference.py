@@ -10,6 +10,8 @@ import mup_jax
 from mup_jax.transforms.linalg import quintic_coefficients
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("with_and_without_optimizations")
+
 STACKED = MuonDimensionNumbers(-2, -1)
 LAYERS = 3
 
