@@ -187,7 +187,13 @@ def factorizations(text):
     [pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow), pytest.param(TENSOR, id="tensor")],
 )
 @pytest.mark.parametrize(
-    "name", ["muon", "shampoo_blocks", pytest.param("shampoo", marks=pytest.mark.slow), "soap"]
+    "name",
+    [
+        "muon",
+        "shampoo_blocks",
+        pytest.param("shampoo", marks=pytest.mark.slow),
+        pytest.param("soap", marks=pytest.mark.slow),
+    ],
 )
 def test_state_and_work_are_equal_shares_and_nothing_is_gathered(name, leaves):
     mesh = make_mesh(AxisType.Explicit)
@@ -230,6 +236,7 @@ def test_the_work_on_a_vocabulary_is_divided_though_it_is_one_matrix():
     assert sum(found["all-reduce"]) <= 32 * 32 + 10
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_automatic_axes_gather_nothing_either():
     for name in ("muon", "shampoo_blocks"):
