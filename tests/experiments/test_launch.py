@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import command, train
 from tests.experiments.test_ladder import CONFIG_FILE
 
 LAUNCH = Path("experiments/launch").absolute()
@@ -80,12 +81,24 @@ def module_and_flags(command):
     return command[command.index("-m") :]
 
 
-def assert_trains(arguments):
+@pytest.fixture
+def assert_trains(run_command, capsys):
     """The trainer accepts these flags: what it complains of is the last one, which we add."""
-    command = [sys.executable, *arguments, "--config.tokens=1"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert "config.tokens=1 is less than one batch" in process.stderr
+
+    def entry_point():
+        command.run(
+            train.main,
+            config="configs/tiny.py",
+            workdir="unused",
+            define_flags=train.define_flags,
+        )
+
+    def assert_trains(arguments):
+        assert arguments[:2] == ["-m", "experiments.train"]
+        assert run_command(entry_point, *arguments[2:], "--config.tokens=1") == 2
+        assert "config.tokens=1 is less than one batch" in capsys.readouterr().err
+
+    return assert_trains
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -109,7 +122,7 @@ def test_each_setting_that_is_missing_is_named(run, script):
         assert calls == []
 
 
-def test_tpu_pod(run):
+def test_tpu_pod(run, assert_trains):
     process, calls = run(
         LAUNCH / "tpu_pod.sh",
         "--config.seed=3",
@@ -130,7 +143,7 @@ def test_tpu_pod(run):
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (143, True)])
-def test_slurm(run, code, requeued):
+def test_slurm(run, assert_trains, code, requeued):
     settings = {**SETTINGS["slurm.sbatch"], **OF_SLURM, "EXIT_CODE": str(code)}
     process, (srun, *others) = run(LAUNCH / "slurm.sbatch", "--config.seed=3", **settings)
     assert process.returncode == code
@@ -149,8 +162,8 @@ def test_slurm_ladder(run, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "symmetric-run" in srun
     assert "--launcher=ray" in srun
-    command = [sys.executable, *module_and_flags(srun), "--mode=plan"]
-    plan = subprocess.run(command, capture_output=True, text=True, check=True)
+    plan_only = [sys.executable, *module_and_flags(srun), "--mode=plan"]
+    plan = subprocess.run(plan_only, capture_output=True, text=True, check=True)
     assert "cells" in plan.stdout
 
 
@@ -160,7 +173,7 @@ def test_gke_jobset_is_filled_in_and_applied(run):
     assert sorted(calls) == [["envsubst"], ["kubectl", "apply", "-f", "-"]]
 
 
-def test_gke_jobset():
+def test_gke_jobset(assert_trains):
     yaml = pytest.importorskip("yaml")
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     template = string.Template((LAUNCH / "gke_jobset.yaml").read_text())
@@ -195,7 +208,7 @@ def skypilot():
     return yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 
 
-def test_skypilot_says_where_the_processes_find_each_other(run, tmp_path):
+def test_skypilot_says_where_the_processes_find_each_other(run, assert_trains, tmp_path):
     recipe = skypilot()
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
