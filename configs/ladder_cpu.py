@@ -18,9 +18,21 @@ from ml_collections import ConfigDict
 from experiments.ladder.plan import default_ladder, default_optimizer
 
 _SIZES = {
-    "small": {"widths": (24, 48, 72), "seeds": (0, 1), "parametrizations": ("mup",)},
-    "full": {"widths": (24, 48, 72, 96), "seeds": (0, 1, 2), "parametrizations": ("mup", "sp")},
+    "small": {
+        "widths": (24, 36, 48),
+        "tokens_per_parameter": 3.0,
+        "seeds": (0, 1),
+        "parametrizations": ("mup",),
+        "decay_checks": (),
+    },
+    "full": {
+        "widths": (24, 48, 72),
+        "tokens_per_parameter": 4.0,
+        "seeds": (0, 1, 2),
+        "parametrizations": ("mup", "sp"),
+    },
 }
+_HEAD_DIMS = {"small": 12, "full": 24}
 
 
 def get_config(size: str = "small") -> ConfigDict:
@@ -29,34 +41,36 @@ def get_config(size: str = "small") -> ConfigDict:
     config = default_ladder()
     config.update(_SIZES[size])
     config.depth = 2
-    config.tokens_per_parameter = 4.0
     config.workers = min(os.cpu_count() or 1, 8)
     config.platform = "cpu"
+    # One program of many runs takes longer to compile than these take to train.
+    config.vectorized = False
 
     train = config.train
-    train.model.head_dim = 24
+    train.model.head_dim = _HEAD_DIMS[size]
     train.context = 128
     train.batch_size = 4
     train.warmup_tokens = 20 * 512
     train.eval_batches = 64
-    train.checkpoint_every = 500
+    # A run of seconds begins again.
+    train.checkpoint_every = 500 if size == "full" else 0
 
-    # Embedding and readout of Muon and Shampoo: Adam, at a learning rate of its own.
-    adam = {"adam_learning_rate": 3.2e-2}
-    blocks = {"block_size": 24}
-    options = {
-        "adamw": {},
-        "muon": adam,
-        "shampoo": adam | blocks,
-        "soap": blocks | {"exact_steps": 50},
+    blocks = {"block_size": _HEAD_DIMS[size]}
+    # The middle of each grid, whose values are twice as large from one to the next.
+    middles = {
+        "adamw": (1.6e-2, 8.0, {}),
+        "muon": (3.2e-2, 2.0, {}),
+        "shampoo": (1.6e-2, 4.0, blocks),
+        "soap": (1.6e-2, 4.0, blocks | {"exact_steps": 50}),
     }
     config.optimizers = {
         name: {
             **default_optimizer(),
-            "learning_rates": (8e-3, 1.6e-2, 3.2e-2),
+            "learning_rates": (rate / 2, rate, 2 * rate),
+            "embedding_readout_factors": (factor / 2, factor, 2 * factor),
             "weight_decay": 0.1 / 24,  # λ·D as in the paper, about
-            "options": ConfigDict(chosen),
+            "options": ConfigDict(options),
         }
-        for name, chosen in options.items()
+        for name, (rate, factor, options) in middles.items()
     }
     return config

@@ -27,14 +27,13 @@ def get_config() -> ConfigDict:
     train.update(context=256, batch_size=64, dtype="bfloat16", clip_norm=1.0)
     train.update(warmup_tokens=10 * 64 * 256, eval_batches=32, checkpoint_every=500)
 
-    # Embedding and readout of Muon and Shampoo: Adam, at a learning rate of its own.
-    adam = {"adam_learning_rate": 1.6e-2}
     blocks = {"block_size": BASE_WIDTH}
-    options = {"adamw": {}, "muon": adam, "shampoo": adam | blocks, "soap": blocks}
+    options = {"adamw": {}, "muon": {}, "shampoo": blocks, "soap": blocks}
     config.optimizers = {
         name: {
             **default_optimizer(),
             "learning_rates": (4e-3, 8e-3, 1.6e-2),
+            "embedding_readout_factors": (1.0, 2.0, 4.0),
             "weight_decay": 0.1 / BASE_WIDTH,
             "options": ConfigDict(chosen),
         }

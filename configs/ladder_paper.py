@@ -26,8 +26,7 @@ def get_config() -> ConfigDict:
     config.depth = 32
     config.tokens_per_parameter = 20.0
     config.seeds = (0,)
-    config.checks = ()
-    config.max_extensions = 0
+    config.checks = config.decay_checks = ()
 
     train = config.train
     train.data.update(source="prepared:data/fineweb", tokenizer="gpt2")
@@ -44,22 +43,27 @@ def get_config() -> ConfigDict:
             orthogonalizer="newton_schulz",
             steps=5,
             eps=1e-5,
-            adam_learning_rate=1.28e-2,
             adam_eps=1e-15,
+            factor=1.6,
         ),
-        "shampoo": _optimizer(2e-3, 185_680_896, 0.1024, adam_learning_rate=6.4e-2),
+        "shampoo": _optimizer(2e-3, 185_680_896, 0.1024, factor=32.0),
         "soap": _optimizer(3.2e-2, 23_210_112, 0.1024, b2=0.999, spectral_norm=True),
     }
     return config
 
 
 def _optimizer(
-    learning_rate: float, warmup_tokens: int, decay_times_width: float, **options: Any
+    learning_rate: float,
+    warmup_tokens: int,
+    decay_times_width: float,
+    factor: float = 1.0,
+    **options: Any,
 ) -> ConfigDict:
     return ConfigDict(
         {
             **default_optimizer(),
             "learning_rates": (learning_rate,),
+            "embedding_readout_factors": (factor,),
             "weight_decay": decay_times_width / BASE_WIDTH,
             "warmup_tokens": warmup_tokens,
             "options": ConfigDict(options),

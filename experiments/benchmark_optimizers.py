@@ -13,17 +13,21 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from optax.contrib import MuonDimensionNumbers
 
-import mup_jax
+from experiments.optimizer_cases import (
+    REFERENCE,
+    Case,
+    compile_update,
+    gradients,
+    optimizer_cases,
+    orthogonality_error,
+)
 
 LAYERS = flags.DEFINE_integer("layers", 8, "Layers of the model.", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", 256, "Width D of the model.", lower_bound=8)
@@ -31,116 +35,20 @@ STEPS = flags.DEFINE_integer("steps", 30, "Measured steps of each optimizer.", l
 ONLY = flags.DEFINE_list("only", [], "Names of the optimizers to run beside Optax's Muon; or all.")
 OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
-STACKED = MuonDimensionNumbers(-2, -1)
 WARM_UP = 3
-FREQUENCY = 10
-REFERENCE = "optax muon"
-
-
-class Case(NamedTuple):
-    """An optimizer and the parameters that it is given."""
-
-    layout: str
-    make: Callable[..., optax.GradientTransformation]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"weight_dimension_numbers": STACKED if self.layout == "stacked" else None}
-
-
-def _blocked(make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return lambda **numbers: make(
-        **{"block_size": WIDTH.value, "precondition_frequency": FREQUENCY} | options, **numbers
-    )
-
-
-def _grafted(**options: Any) -> optax.GradientTransformation:
-    direction = _blocked(mup_jax.scale_by_shampoo, b1=0.95)(**options)
-    numbers = options["weight_dimension_numbers"]
-    return mup_jax.graft(
-        optax.scale_by_adam(0.95, 0.98), direction, weight_dimension_numbers=numbers
-    )
-
-
-def _optax_muon(weight_dimension_numbers: Any) -> optax.GradientTransformation:
-    # Optax takes a tree.
-    numbers = weight_dimension_numbers or MuonDimensionNumbers()
-    return optax.contrib.scale_by_muon(
-        weight_dimension_numbers=lambda params: jax.tree.map(lambda _: numbers, params)
-    )
-
-
-def _muon(**options: Any) -> Callable[..., Any]:
-    return lambda **numbers: mup_jax.scale_by_muon(**options, **numbers)
-
-
-def cases() -> dict[str, Case]:
-    """What is measured, by name."""
-    five = {"orthogonalizer": "newton_schulz", "steps": 5}
-    shampoo, soap = mup_jax.scale_by_shampoo, mup_jax.scale_by_soap
-    low = {"preconditioner_dtype": jnp.bfloat16}
-    return {
-        "optax adam": Case("stacked", lambda weight_dimension_numbers: optax.scale_by_adam()),
-        REFERENCE: Case("stacked", _optax_muon),
-        f"{REFERENCE}, separate": Case("separate", _optax_muon),
-        "muon, 5 steps": Case("stacked", _muon(**five)),
-        "muon, 5 steps, separate": Case("separate", _muon(**five)),
-        "muon": Case("stacked", _muon()),
-        "shampoo² every step": Case("stacked", _blocked(shampoo, precondition_frequency=1)),
-        "shampoo²": Case("stacked", _blocked(shampoo)),
-        "shampoo², separate": Case("separate", _blocked(shampoo)),
-        "shampoo² # adam": Case("stacked", _grafted),
-        "shampoo², bf16 roots": Case("stacked", _blocked(shampoo, **low)),
-        "soap": Case("stacked", _blocked(soap)),
-        "soap, separate": Case("separate", _blocked(soap)),
-        "soap, bf16 bases": Case("stacked", _blocked(soap, **low)),
-    }
-
-
-def gradients(layout: str, count: int = 4) -> list[Any]:
-    """Gradients with a decaying spectrum, as those of matrices in training have."""
-    rng = np.random.default_rng(0)
-    width, wide = WIDTH.value, 4 * WIDTH.value
-    shapes = dict.fromkeys(("query", "key", "value", "attention_out"), (width, width))
-    shapes |= {"gate": (width, wide), "up": (width, wide), "down": (wide, width)}
-
-    def leaf(m: int, n: int) -> jax.Array:
-        spectrum = np.arange(1, m + 1)[:, None] ** -0.5
-        return jnp.asarray(spectrum * rng.normal(size=(LAYERS.value, m, n)), jnp.float32)
-
-    trees = [{name: leaf(*shape) for name, shape in shapes.items()} for _ in range(count)]
-    if layout == "stacked":
-        return trees
-    return [jax.tree.map(list, tree) for tree in trees]
-
-
-def orthogonality_error(updates: Any) -> float:
-    """‖O - U Vᵀ‖ / √n of the first D x 4D matrix, with O = U S Vᵀ the update."""
-    singular = np.linalg.svd(np.asarray(updates["gate"][0]), compute_uv=False)
-    return float(np.sqrt(np.mean((singular - 1) ** 2)))
+INPUTS = 4
 
 
 class Measured:
     """An optimizer, compiled, and how long each of its steps took."""
 
     def __init__(self, case: Case, inputs: list[Any]) -> None:
-        transformation = case.make(**case.options)
-        state = jax.jit(transformation.init)(inputs[0])
-        update = jax.jit(transformation.update, donate_argnums=1)
-        start = time.perf_counter()
-        self._step = update.lower(inputs[0], state).compile()
-        self.compile_seconds = time.perf_counter() - start
-        self._state, self._inputs, self._count = state, inputs, 0
+        self._step, self._state, facts = compile_update(case.transformation, inputs[0])
+        self.compile_seconds = facts["lower_seconds"] + facts["compile_seconds"]
+        kept = ("state_floats", "gflops", "temporary_megabytes", "program_lines")
+        self.facts = {key: facts[key] for key in kept if key in facts}
+        self._inputs, self._count = inputs, 0
         self.seconds: list[float] = []
-        parameters = sum(x.size for x in jax.tree.leaves(inputs[0]))
-        costs = self._step.cost_analysis() or {}
-        memory = self._step.memory_analysis()
-        self.facts = {
-            "state_floats": sum(x.nbytes for x in jax.tree.leaves(state)) / 4 / parameters,
-            "gflops": costs.get("flops", 0.0) / 1e9,
-            "temporary_megabytes": memory.temp_size_in_bytes / 1e6 if memory else 0.0,
-            "program_lines": len((self._step.as_text() or "").splitlines()),
-        }
         self.updates: Any = None
 
     def step(self) -> None:
@@ -153,8 +61,14 @@ class Measured:
 
 def measure(cases: dict[str, Case], steps: int) -> dict[str, dict[str, float]]:
     """Runs all cases, a step of each in turn, and returns a row for each."""
-    inputs = {layout: gradients(layout) for layout in ("stacked", "separate")}
-    measured = {name: Measured(case, inputs[case.layout]) for name, case in cases.items()}
+    kinds = {(case.layout, case.dtype) for case in cases.values()}
+    inputs = {
+        (layout, dtype): gradients(LAYERS.value, WIDTH.value, layout, INPUTS, dtype)
+        for layout, dtype in kinds
+    }
+    measured = {
+        name: Measured(case, inputs[case.layout, case.dtype]) for name, case in cases.items()
+    }
     for _ in range(WARM_UP + steps):
         for one in measured.values():
             one.step()
@@ -202,7 +116,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main(_: list[str]) -> None:
-    chosen = cases()
+    chosen = optimizer_cases(block_size=WIDTH.value)
     unknown = set(ONLY.value) - set(chosen)
     if unknown:
         raise app.UsageError(f"--only={','.join(ONLY.value)}: choose from {', '.join(chosen)}")

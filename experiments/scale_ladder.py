@@ -21,12 +21,12 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from experiments import command
-from experiments.cells.cell import without_machine
+from experiments.cells.cell import Results, without_machine
 from experiments.cells.run import LAUNCHERS, run_cells
 from experiments.ladder.describe import describe, describe_scaling, estimate
 from experiments.ladder.fit import fit, heading, line
 from experiments.ladder.plan import Ladder
-from experiments.ladder.report import read_results, write_report
+from experiments.ladder.report import read_results, result_lines, write_report
 from experiments.ladder.schedule import work_of
 from experiments.ladder.status import status
 from experiments.topologies import tpu_slice
@@ -53,7 +53,8 @@ def main(flags: Any) -> None:
         return
     if flags.mode == "run":
         print(describe(ladder), flush=True)
-        run_cells(work_of(ladder), workdir, flags.launcher)
+        show = lambda results: _show_so_far(ladder, workdir, results)
+        run_cells(work_of(ladder), workdir, flags.launcher, show)
     config = config_flags.get_config_filename(absl_flags.FLAGS["config"])
     overrides = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
     parts = f"python -m experiments.scale_ladder --config={config} --workdir=DIR", *overrides
@@ -61,6 +62,13 @@ def main(flags: Any) -> None:
     commands = command, f"{command} --mode=report"
     print(write_report(read_results(ladder, workdir), workdir, commands))
     print(f"report.md, report.html, results.jsonl and figures are in {flags.workdir}")
+
+
+def _show_so_far(ladder: Ladder, workdir: Path, results: Results) -> None:
+    """The table, and all files but the figures, as soon as there is something to compare."""
+    lines = result_lines(ladder, results)
+    if len({line["optimizer"] for line in lines if not line["is_tuning"]}) > 1:
+        print(write_report(lines, workdir, with_figures=False), flush=True)
 
 
 def _print_fit(ladder: Ladder, topology: str) -> None:

@@ -50,7 +50,6 @@ class Task(NamedTuple):
     size: str
     name: str
     cells: list[Cell]
-    flops: float
     vectorized: bool = False
     claims: Mapping[str, int] = MappingProxyType({})
 
@@ -61,15 +60,15 @@ class Work:
 
     Attributes:
       missing_tasks: those that can run now, the most urgent first.
-      remaining_cells: how many cells of each size have not finished, those included that cannot
-        run yet.
+      remaining_cells: how many cells have not finished, by size and name of their task, those
+        included that cannot run yet.
       flops: of one cell of each size.
       workers: processes side by side, each with one core where `platform` is "cpu".
       platform: one of `PLATFORMS`.
     """
 
     missing_tasks: Callable[[Results], list[Task]]
-    remaining_cells: Callable[[Results], dict[str, int]]
+    remaining_cells: Callable[[Results], dict[tuple[str, str], int]]
     flops: Mapping[str, float]
     workers: int
     platform: str

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from experiments.cells.cell import Cell, Results, Work
+from experiments.cells.pace import Pace
 
 _STATUS_SECONDS = 1.0
 
@@ -22,7 +23,8 @@ class Progress:
 
     Args:
       work: what is run.
-      reports: a queue of (cell, step, steps, training loss, result or None while it runs).
+      reports: a queue of (size and name of the task, cell, step, steps, training loss, result or
+        None while it runs).
       finished: reads the results so far.
     """
 
@@ -30,8 +32,7 @@ class Progress:
         self._work = work
         self._reports = reports
         self._finished = finished
-        # Of the cells that finished here, without their compilation: how fast a worker trains.
-        self._trained_flops = self._trained_seconds = 0.0
+        self._pace = Pace(work.flops, work.workers)
         self._running: dict[str, tuple[Cell, int, int, float | None]] = {}
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -47,13 +48,12 @@ class Progress:
     def _show(self) -> None:
         shown = 0.0
         while (report := self._reports.get()) is not None:
-            cell, step, steps, loss, result = report
+            task, cell, step, steps, loss, result = report
+            self._pace.add(task, cell.name, step / steps, time.perf_counter())
             if result is None:
                 self._running[cell.name] = (cell, step, steps, loss)
             else:
                 self._running.pop(cell.name, None)
-                self._trained_flops += result["flops"]["model"]
-                self._trained_seconds += result["seconds"]["total"] - result["seconds"]["compile"]
                 self._print_finished(cell, result)
             if sys.stdout.isatty() and time.perf_counter() - shown > _STATUS_SECONDS:
                 shown = time.perf_counter()
@@ -80,17 +80,15 @@ class Progress:
     def _times(self) -> str:
         """Sizes and cells that have finished, time so far, and an estimate of the time left."""
         results = self._finished()
-        remaining, flops = self._work.remaining_cells(results), self._work.flops
-        sizes = sum(count == 0 for count in remaining.values())
-        left = sum(flops[size] * count for size, count in remaining.items()) - sum(
-            flops[cell.size] * step / steps for cell, step, steps, _ in self._running.values()
-        )
+        remaining = self._work.remaining_cells(results)
+        of_size: dict[str, int] = {}
+        for (size, _), count in remaining.items():
+            of_size[size] = of_size.get(size, 0) + count
+        sizes = sum(count == 0 for count in of_size.values())
         elapsed = time.perf_counter() - self._start
-        estimate = "?"
-        if self._trained_flops:
-            rate = self._work.workers * self._trained_flops / self._trained_seconds
-            estimate = f"~{_minutes(left / rate)}"
+        seconds = self._pace.seconds_left(remaining)
+        estimate = "?" if seconds is None else f"~{_minutes(seconds)}"
         cells = f"{len(results)}/{len(results) + sum(remaining.values())} cells"
         return (
-            f"{sizes}/{len(remaining)} sizes, {cells}, {_minutes(elapsed)} elapsed, {estimate} left"
+            f"{sizes}/{len(of_size)} sizes, {cells}, {_minutes(elapsed)} elapsed, {estimate} left"
         )

@@ -21,7 +21,12 @@ Launcher = Callable[[Work, Path, FinishedCells], AbstractContextManager[Submit]]
 LAUNCHERS = {"local": "experiments.cells.local", "ray": "experiments.cells.ray_cluster"}
 
 
-def run_cells(work: Work, workdir: Path, launcher: str = "local") -> Results:
+def run_cells(
+    work: Work,
+    workdir: Path,
+    launcher: str = "local",
+    on_finished: Callable[[Results], None] | None = None,
+) -> Results:
     """Runs all cells that have not finished, each task on the next free worker.
 
     Others may do the same in the same folder at the same time: each cell is trained by whoever
@@ -31,6 +36,7 @@ def run_cells(work: Work, workdir: Path, launcher: str = "local") -> Results:
       work: what there is to do.
       workdir: the folder of all cells.
       launcher: one of `LAUNCHERS`.
+      on_finished: called with the results so far whenever a task has finished.
 
     Returns:
       The results of all cells in `workdir`.
@@ -58,6 +64,8 @@ def run_cells(work: Work, workdir: Path, launcher: str = "local") -> Results:
             for future in done:
                 del active[future]
                 future.result()
+                if on_finished:
+                    on_finished(finished())
         return finished()
 
 

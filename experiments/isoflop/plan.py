@@ -202,15 +202,11 @@ def work_of(plan: IsoFlop) -> Work:
             for label in plan.config.optimizers:
                 missing = [c for c in plan.cells(model, label) if c.name not in results]
                 if missing:
-                    flops = model.flops * len(missing)
-                    tasks.append(Task(model.name, label, missing, flops))
-        return sorted(tasks, key=lambda task: -task.flops)
+                    tasks.append(Task(model.name, label, missing))
+        return sorted(tasks, key=lambda task: -models[task.size].flops * len(task.cells))
 
-    def remaining_cells(results: Results) -> dict[str, int]:
-        counts = dict.fromkeys(models, 0)
-        for task in missing_tasks(results):
-            counts[task.size] += len(task.cells)
-        return counts
+    def remaining_cells(results: Results) -> dict[tuple[str, str], int]:
+        return {(task.size, task.name): len(task.cells) for task in missing_tasks(results)}
 
     return Work(
         missing_tasks=missing_tasks,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments.ladder.plan import Ladder, Rung, Series, planned_cells
+from experiments.ladder.plan import Ladder, Rung, Series, planned_parts
 from mup_jax.optimizers import OPTIMIZERS
 from mup_jax.training.program import Hyperparameters, Program
 from mup_jax.training.throughput import step_times
@@ -33,9 +33,9 @@ def describe(ladder: Ladder) -> str:
     ]
     lines = [aligned(rows), ""]
     for series in dict.fromkeys(series.tuned for series in ladder.series):
-        rates = ladder.learning_rates(series)
-        lines.append(f"{series.name}: tuned on {', '.join(f'{rate:g}' for rate in rates)}")
-    cells = sum(len(cells) for _, _, cells in planned_cells(ladder))
+        rates, factors = (", ".join(f"{x:g}" for x in axis) for axis in ladder.grid(series))
+        lines.append(f"{series.name}: learning rate {rates}; times {factors} on all but hidden")
+    cells = sum(len(part.cells) for part in planned_parts(ladder))
     return "\n".join([*lines, f"at least {cells} cells"])
 
 
@@ -73,8 +73,10 @@ def estimate(ladder: Ladder) -> str:
         for rung, seconds in _optimizer_seconds(ladder, series).items()
     }
     total = sum(
-        len(cells) * rung.steps * (gradient[rung.name] + extra[series.tuned, rung.name])
-        for rung, series, cells in planned_cells(ladder)
+        len(part.cells)
+        * part.rung.steps
+        * (gradient[part.rung.name] + extra[part.series.tuned, part.rung.name])
+        for part in planned_parts(ladder)
     )
     workers = ladder.config.workers
     return (
@@ -89,8 +91,8 @@ def _tuned(ladder: Ladder) -> list[Series]:
 
 
 def _config(ladder: Ladder, rung: Rung, series: Series) -> ConfigDict:
-    rate = ladder.learning_rates(series)[0]
-    return ladder.cell(rung, series, rate, ladder.config.seeds[0]).config
+    rates = ladder.grid(series).points[0]
+    return ladder.cell(rung, series, rates, ladder.config.seeds[0]).config
 
 
 def _program(ladder: Ladder, rung: Rung, series: Series) -> Program:

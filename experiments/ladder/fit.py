@@ -27,8 +27,8 @@ def fit(ladder: Ladder, tpu: Slice) -> Iterator[dict[str, Any]]:
     for rung in ladder.rungs:
         for optimizer in ladder.config.optimizers:
             series = Series(optimizer)
-            rate = ladder.learning_rates(series)[0]
-            config = ladder.cell(rung, series, rate, ladder.config.seeds[0]).config
+            rates = ladder.grid(series).points[0]
+            config = ladder.cell(rung, series, rates, ladder.config.seeds[0]).config
             yield {
                 "rung": rung.name,
                 "optimizer": optimizer,

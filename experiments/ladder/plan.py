@@ -1,7 +1,8 @@
 """From a ladder's configuration to the training runs (cells) that it consists of."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -14,8 +15,34 @@ from mup_jax.models.llama import forward_flops_per_token, num_parameters
 from mup_jax.training import config as config_lib
 from mup_jax.training import default_config, validate
 
-# Every fraction of a learning rate that is tried is a power of this.
-GRID_STEP = 2.0
+
+class Rates(NamedTuple):
+    """What is tuned at the base: of hidden matrices, and times the factor of all else."""
+
+    learning_rate: float
+    embedding_readout_factor: float
+
+
+class Grid(NamedTuple):
+    """The rates that are tried at the base: every factor at every learning rate, all ascending."""
+
+    learning_rates: tuple[float, ...]
+    embedding_readout_factors: tuple[float, ...]
+
+    @property
+    def points(self) -> list[Rates]:
+        return [Rates(*pair) for pair in itertools.product(*self)]
+
+    def around(self, best: Rates) -> "Grid":
+        """This grid with one more value at each end where the best stands, of axes that vary."""
+        axes = []
+        for axis, value in zip(self, best, strict=True):
+            if len(axis) > 1 and value == axis[0]:
+                axis = (axis[0] ** 2 / axis[1], *axis)
+            elif len(axis) > 1 and value == axis[-1]:
+                axis = (*axis, axis[-1] ** 2 / axis[-2])
+            axes.append(axis)
+        return Grid(*axes)
 
 
 class Series(NamedTuple):
@@ -54,18 +81,21 @@ class Rung(NamedTuple):
 def default_ladder() -> ConfigDict:
     """Every key that a ladder has.
 
-    `widths` ascend; the first is the base, where each optimizer's learning rate is tuned on its
-    `learning_rates` (powers of two apart; the grid extends itself while the best is at an edge, at
-    most `max_extensions` times), and its warm-up is `warmup_tokens` at every rung, None for that of
-    `train`. From there `parametrizations` (see `PARAMETRIZATIONS`) carry it to the others, for each
-    optimizer those that it has; "mup" is always one. One that counts at the base too is tuned
-    there on its own, on `learning_rates_of` its name where the optimizer has that.
+    `widths` ascend; the first is the base, where each optimizer is tuned on all pairs of its
+    `learning_rates`, those of hidden matrices, and `embedding_readout_factors`, with every seed.
+    Both are spaced by a constant factor, and extend themselves while the best pair is at an edge,
+    at most `max_extensions` times. Tuned is the minimum of a parabola in log2 through the best pair
+    and its neighbours; a single pair is not tuned. The warm-up is `warmup_tokens` at every rung,
+    None for that of `train`. From the base `parametrizations` (see `PARAMETRIZATIONS`) carry the
+    tuned rates to the other rungs, for each optimizer those that it has; "mup" is always one. One
+    that counts at the base too is tuned there on its own, on `learning_rates_of` its name where the
+    optimizer has that.
 
-    `checks` are factors of the transferred learning rate, and of the weight decay where there is
-    one, that µP tries with the first seed at the largest rung, to see whether the optimum moved.
-    All cells are `train` but for model, tokens, optimizer and seed. `workers` processes run side by
-    side, each with one core where `platform` is "cpu"; an empty platform is JAX's choice. With
-    `vectorized` the cells of the base are trained by one program (`train_vectorized`).
+    `checks` are factors of the transferred rates, and `decay_checks` of the weight decay where
+    there is one, that µP tries with the first seed at the largest rung, to see whether the optimum
+    moved. All cells are `train` but for model, tokens, optimizer and seed. `workers` processes run
+    side by side, each with one core where `platform` is "cpu"; an empty platform is JAX's choice.
+    With `vectorized` an optimizer is tuned by one program (`train_vectorized`).
     """
     return ConfigDict(
         {
@@ -77,6 +107,7 @@ def default_ladder() -> ConfigDict:
             "optimizers": {"adamw": default_optimizer()},
             "parametrizations": ("mup",),
             "checks": (0.5, 2.0),
+            "decay_checks": (0.5, 2.0),
             "max_extensions": 4,
             "workers": 1,
             "platform": "",
@@ -90,6 +121,7 @@ def default_optimizer() -> ConfigDict:
     return ConfigDict(
         {
             "learning_rates": (1e-2,),
+            "embedding_readout_factors": (1.0,),
             "learning_rates_of": ConfigDict(),
             "weight_decay": 0.0,
             "warmup_tokens": None,
@@ -120,7 +152,7 @@ class Ladder:
         self.config = config
         self._check()
         self.vocab_size = data.vocab_size(config.train.data.source, config.train.data.tokenizer)
-        self._cells: dict[tuple[str, Series, float, int, float], Cell] = {}
+        self._cells: dict[tuple[str, Series, Rates, int, float, bool], Cell] = {}
         self.rungs = [self._rung(width) for width in config.widths]
         self.series = [
             Series(optimizer, parametrization)
@@ -131,34 +163,44 @@ class Ladder:
         ]
         for rung in self.rungs:
             for series in self.series:
-                rate = self.learning_rates(series)[0]
-                validate(self.cell(rung, series, rate, config.seeds[0]).config)
+                rates = self.grid(series).points[0]
+                validate(self.cell(rung, series, rates, config.seeds[0]).config)
 
-    def learning_rates(self, series: Series) -> list[float]:
+    def grid(self, series: Series) -> Grid:
         """The grid on which a series begins to be tuned."""
         settings = self.config.optimizers[series.optimizer]
         own = settings.learning_rates_of.get(series.parametrization)
-        return list(settings.learning_rates if own is None else own)
+        rates = settings.learning_rates if own is None else own
+        factors = settings.embedding_readout_factors
+        return Grid(tuple(map(float, rates)), tuple(map(float, factors)))
 
     def cell(
         self,
         rung: Rung,
         series: Series,
-        learning_rate: float,
+        rates: Rates,
         seed: int,
         *,
         decay_factor: float = 1.0,
+        is_tuning: bool = False,
     ) -> Cell:
-        """The run of one series at one rung; the learning rate is that of the base."""
+        """The run of one series at one rung; the rates are those of the base."""
         if rung == self.rungs[0]:
             series = series.tuned
-        key = (rung.name, series, learning_rate, seed, decay_factor)
+        key = (rung.name, series, rates, seed, decay_factor, is_tuning)
         if key not in self._cells:  # a schedule asks again and again
-            self._cells[key] = self._make_cell(rung, series, learning_rate, seed, decay_factor)
+            self._cells[key] = self._make_cell(*key[1:], rung=rung)
         return self._cells[key]
 
     def _make_cell(
-        self, rung: Rung, series: Series, learning_rate: float, seed: int, decay_factor: float
+        self,
+        series: Series,
+        rates: Rates,
+        seed: int,
+        decay_factor: float,
+        is_tuning: bool,
+        *,
+        rung: Rung,
     ) -> Cell:
         settings = self.config.optimizers[series.optimizer]
         scaling = PARAMETRIZATIONS[series.parametrization].options_of(series.optimizer) or {}
@@ -171,32 +213,40 @@ class Ladder:
             config.warmup_tokens = settings.warmup_tokens
         config.optimizer = {
             "name": series.optimizer,
-            "learning_rate": learning_rate,
+            **rates._asdict(),
             "weight_decay": decay_factor * settings.weight_decay,
             "epsilon": None,
             "options": settings.options.to_dict() | scaling,
         }
+        # Times are measured on the cells that count.
+        config.measure_optimizer &= not is_tuning
         decay = "" if decay_factor == 1 else f" wd x{decay_factor:g}"
-        label = f"{rung.name} {series.name} lr {learning_rate:g}{decay} seed {seed}"
-        return Cell(rung.name, label, config)
+        factor = f" x{rates.embedding_readout_factor:g}"
+        label = f"{rung.name} {series.name} lr {rates.learning_rate:g}{factor}{decay} seed {seed}"
+        return Cell(rung.name, f"{label}, tuning" if is_tuning else label, config)
 
-    def tuning_cells(self, series: Series, learning_rates: Sequence[float]) -> list[Cell]:
-        """The cells of these learning rates at the base, every seed."""
+    def tuning_cells(self, series: Series, points: Iterable[Rates]) -> list[Cell]:
+        """The cells of these rates at the base, every seed."""
+        base, seeds = self.rungs[0], self.config.seeds
         return [
-            self.cell(self.rungs[0], series, rate, seed)
-            for rate in learning_rates
-            for seed in self.config.seeds
+            self.cell(base, series, rates, seed, is_tuning=True)
+            for rates in points
+            for seed in seeds
         ]
 
-    def transfer_cells(self, rung: Rung, series: Series, learning_rate: float) -> list[Cell]:
-        """The cells above the base: the transferred learning rate and, at the largest, checks."""
-        seeds, checks = self.config.seeds, self.config.checks
-        cells = [self.cell(rung, series, learning_rate, seed) for seed in seeds]
+    def cells(self, rung: Rung, series: Series, rates: Rates) -> list[Cell]:
+        """The cells of a rung: every seed at the tuned rates and, at the largest rung, checks."""
+        config = self.config
+        first = config.seeds[0]
+        cells = [self.cell(rung, series, rates, seed) for seed in config.seeds]
         if rung == self.rungs[-1] and series.parametrization == "mup":
-            cells += [self.cell(rung, series, x * learning_rate, seeds[0]) for x in checks]
-            if self.config.optimizers[series.optimizer].weight_decay:
+            for x in config.checks:
+                checked = rates._replace(learning_rate=x * rates.learning_rate)
+                cells.append(self.cell(rung, series, checked, first))
+            if config.optimizers[series.optimizer].weight_decay:
                 cells += [
-                    self.cell(rung, series, learning_rate, seeds[0], decay_factor=x) for x in checks
+                    self.cell(rung, series, rates, first, decay_factor=x)
+                    for x in config.decay_checks
                 ]
         return cells
 
@@ -210,7 +260,7 @@ class Ladder:
         for name, settings in config.optimizers.items():
             config_lib.check_optimizer(name, settings.options)
             config_lib.check_keys(settings, default_optimizer(), f"config.optimizers.{name}")
-            grids = {"learning_rates": settings.learning_rates}
+            grids = {key: settings[key] for key in ("learning_rates", "embedding_readout_factors")}
             for parametrization, rates in settings.learning_rates_of.items():
                 _check_parametrization(parametrization, f"config.optimizers.{name}")
                 if not PARAMETRIZATIONS[parametrization].tuned_alone:
@@ -222,7 +272,7 @@ class Ladder:
             for key, rates in grids.items():
                 if not rates or list(rates) != sorted(rates) or rates[0] <= 0:
                     raise ValueError(
-                        f"config.optimizers.{name}.{key}={rates}: give ascending rates > 0"
+                        f"config.optimizers.{name}.{key}={rates}: give ascending values > 0"
                     )
         if "adamw" not in config.optimizers:
             raise ValueError("config.optimizers lacks 'adamw', the baseline of all multipliers")
@@ -242,9 +292,10 @@ class Ladder:
             raise ValueError(
                 f"config.tokens_per_parameter={config.tokens_per_parameter}: give a value > 0"
             )
-        checks = list(config.checks)
-        if len({1.0, *checks}) <= len(checks) or any(factor <= 0 for factor in checks):
-            raise ValueError(f"config.checks={checks}: give factors > 0 but 1, each once")
+        for key in ("checks", "decay_checks"):
+            checks = list(config[key])
+            if len({1.0, *checks}) <= len(checks) or any(factor <= 0 for factor in checks):
+                raise ValueError(f"config.{key}={checks}: give factors > 0 but 1, each once")
         check_workers(config.workers, config.platform)
 
     def _rung(self, width: int) -> Rung:
@@ -267,11 +318,22 @@ def _check_parametrization(name: str, key: str) -> None:
         )
 
 
-def planned_cells(ladder: Ladder) -> Iterator[tuple[Rung, Series, list[Cell]]]:
-    """The cells known before tuning; those above the base stand at the first learning rate."""
+class Part(NamedTuple):
+    """Cells of one rung that belong together: they tune a series, or are its result there."""
+
+    rung: Rung
+    series: Series
+    cells: list[Cell]
+    is_tuning: bool
+
+
+def planned_parts(ladder: Ladder) -> Iterator[Part]:
+    """What is known before tuning; all results stand at the first rates of the grid."""
+    base = ladder.rungs[0]
     for series in ladder.series:
-        rates = ladder.learning_rates(series)
-        if series == series.tuned:
-            yield ladder.rungs[0], series, ladder.tuning_cells(series, rates)
-        for rung in ladder.rungs[1:]:
-            yield rung, series, ladder.transfer_cells(rung, series, rates[0])
+        points = ladder.grid(series).points
+        alone = series == series.tuned
+        if alone and len(points) > 1:
+            yield Part(base, series, ladder.tuning_cells(series, points), True)
+        for rung in ladder.rungs if alone else ladder.rungs[1:]:
+            yield Part(rung, series, ladder.cells(rung, series, points[0]), False)

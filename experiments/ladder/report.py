@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells.cell import FinishedCells, Results
-from experiments.ladder.plan import Ladder
-from experiments.ladder.schedule import needed_cells
+from experiments.ladder.plan import Ladder, Rates
+from experiments.ladder.schedule import needed_parts
 from mup_jax import analysis
 from mup_jax.analysis import figures
 from mup_jax.analysis.page import html_page
@@ -34,24 +34,31 @@ def result_lines(ladder: Ladder, results: Results) -> list[dict[str, Any]]:
     lines = [
         {
             "cell": cell.name,
-            "rung": rung.name,
-            "parametrization": series.parametrization,
+            "rung": part.rung.name,
+            "parametrization": part.series.parametrization,
+            "is_tuning": part.is_tuning,
             **results[cell.name],
         }
-        for rung, series, cells in needed_cells(ladder, results)
-        for cell in cells
+        for part in needed_parts(ladder, results)
+        for cell in part.cells
         if cell.name in results
     ]
     return _sorted(lines)
 
 
 def _sorted(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    order = ("parameters", "optimizer", "parametrization", "learning_rate", "weight_decay", "seed")
-    return sorted(lines, key=lambda line: [line[key] for key in order])
+    of_series = ("parameters", "optimizer", "parametrization", "is_tuning")
+    order = (*of_series, *Rates._fields, "weight_decay", "seed")
+    older = {"is_tuning": False, "embedding_readout_factor": 1.0}  # lines of version 0.1
+    return sorted(lines, key=lambda line: [(older | line)[key] for key in order])
 
 
 def write_report(
-    lines: Sequence[dict[str, Any]], workdir: Path, commands: Sequence[str] = ()
+    lines: Sequence[dict[str, Any]],
+    workdir: Path,
+    commands: Sequence[str] = (),
+    *,
+    with_figures: bool = True,
 ) -> str:
     """Writes results.jsonl, report.json, report.md, report.html and the figures.
 
@@ -59,6 +66,7 @@ def write_report(
       lines: of `read_results`.
       workdir: an existing folder.
       commands: that give these results, for the page.
+      with_figures: they take seconds, which a ladder that is under way does not have.
 
     Returns:
       The table as text.
@@ -66,7 +74,7 @@ def write_report(
     write_atomically(workdir / _RESULTS, "".join(json.dumps(line) + "\n" for line in lines))
     report = analysis.summarize(lines)
     write_atomically(workdir / "report.json", json.dumps(report, indent=1) + "\n")
-    paths = figures.write_figures(report, lines, workdir)
+    paths = figures.write_figures(report, lines, workdir) if with_figures else []
     page = analysis.markdown(report, [path.name for path in paths], commands)
     write_atomically(workdir / "report.md", page)
     write_atomically(workdir / "report.html", html_page(page, workdir))

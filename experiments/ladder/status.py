@@ -6,7 +6,7 @@ from experiments.cells.cell import FinishedCells, folder_of
 from experiments.cells.claims import Claims
 from experiments.ladder.describe import aligned
 from experiments.ladder.plan import Ladder
-from experiments.ladder.schedule import needed_cells, remaining_cells
+from experiments.ladder.schedule import needed_parts, remaining_cells
 
 
 def status(ladder: Ladder, workdir: Path) -> str:
@@ -16,15 +16,15 @@ def status(ladder: Ladder, workdir: Path) -> str:
     machine that is gone it may be an old one.
     """
     results, claims = FinishedCells(workdir)(), Claims()
-    remaining = remaining_cells(ladder, results)
-    finished = dict.fromkeys(remaining, 0)
-    claimed = dict.fromkeys(remaining, 0)
-    for rung, _, cells in needed_cells(ladder, results):
-        for cell in cells:
+    remaining, finished, claimed = ({rung.name: 0 for rung in ladder.rungs} for _ in range(3))
+    for (rung, _), count in remaining_cells(ladder, results).items():
+        remaining[rung] += count
+    for part in needed_parts(ladder, results):
+        for cell in part.cells:
             if cell.name in results:
-                finished[rung.name] += 1
+                finished[part.rung.name] += 1
             elif claims.next_number(folder_of(cell, workdir)) is None:
-                claimed[rung.name] += 1
+                claimed[part.rung.name] += 1
     counts: dict[str, tuple[int, ...]] = {
         rung: (finished[rung], claimed[rung], left - claimed[rung])
         for rung, left in remaining.items()

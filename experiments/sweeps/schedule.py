@@ -62,25 +62,20 @@ def missing_tasks(sweep: Sweep, results: Results) -> list[Task]:
             missing = [cell for cell in cells if cell.name not in results]
             if missing:
                 name = sweep.size_name(size)
-                flops = sweep.flops[name] * len(missing)
-                vectorized = sweep.config.vectorized
-                tasks.append(Task(name, curve.name, missing, flops, vectorized))
+                tasks.append(Task(name, curve.name, missing, sweep.config.vectorized))
     return sorted(tasks, key=lambda task: sweep.flops[task.size])
 
 
-def remaining_cells(sweep: Sweep, results: Results) -> dict[str, int]:
-    """How many cells of each size have not finished, with a guess for sizes not begun."""
-    counts = dict.fromkeys(sweep.flops, 0)
+def remaining_cells(sweep: Sweep, results: Results) -> dict[tuple[str, str], int]:
+    """How many cells of each size and curve have not finished; a guess for sizes not begun."""
+    counts = {}
     config = sweep.config
     at_least = (3 + len(config.also)) * len(config.seeds)
     for curve in sweep.curves:
         needed = needed_cells(sweep, curve, results)
         for size in sweep.sizes:
-            name = sweep.size_name(size)
-            if size in needed:
-                counts[name] += sum(cell.name not in results for cell in needed[size])
-            else:
-                counts[name] += at_least
+            missing = sum(cell.name not in results for cell in needed.get(size, ()))
+            counts[sweep.size_name(size), curve.name] = missing if size in needed else at_least
     return counts
 
 

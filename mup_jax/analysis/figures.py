@@ -135,6 +135,7 @@ def _learning_rate_sweeps(
                 for line in results
                 if (series_name(line["optimizer"], line.get("parametrization", "mup"))) == name
                 and line["rung"] == rung
+                and not line.get("is_tuning")
                 and line["weight_decay"] == summary["weight_decay"]
                 and line["validation_loss"] is not None
             ]

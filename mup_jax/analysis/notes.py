@@ -33,7 +33,9 @@ def notes_on_series(series: Series, report: Mapping[str, Any]) -> list[str]:
         line.get("parametrization", "mup") == "mup" for line in series.lines
     )
     if not shares_base:
-        notes += _on_grid(name, base_rung, list(series.by_rung[base_rung]), tuned)
+        tuning = summary["tuning"]
+        grid = tuning["grid"] if tuning else summary["learning_rate_sweep"][base_rung]
+        notes += _on_grid(base_rung, name, grid, tuned)
     rungs = [rung["name"] for rung in report["rungs"]]
     missing = [rung for rung in rungs if tuned not in series.by_rung.get(rung, {})]
     if missing:
@@ -54,16 +56,21 @@ def notes_on_series(series: Series, report: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _on_grid(name: str, base_rung: str, grid: list[float], tuned: float) -> list[str]:
+def _on_grid(base_rung: str, name: str, grid: list[Any], tuned: float) -> list[str]:
+    """Says so where nothing was tuned, or where the best stands at an end of what was tried."""
     if len(grid) == 1:
         return [f"{name} was not tuned: {base_rung} has one learning rate, {tuned:g}."]
-    if tuned in (grid[0], grid[-1]):
-        edge = "lower" if tuned == grid[0] else "upper"
-        return [
-            f"{name}: the best learning rate at {base_rung}, {tuned:g}, is the {edge} end of its "
-            "grid; a better one may lie beyond."
-        ]
-    return []
+    *best, _ = min(grid, key=lambda point: np.inf if point[-1] is None else point[-1])
+    notes = []
+    for axis, what in enumerate(("learning rate", "factor of embedding and readout")[: len(best)]):
+        tried = sorted({point[axis] for point in grid})
+        if len(tried) > 1 and best[axis] in (tried[0], tried[-1]):
+            edge = "lower" if best[axis] == tried[0] else "upper"
+            notes.append(
+                f"{name}: the best {what} at {base_rung}, {best[axis]:g}, is the {edge} end of its "
+                "grid; a better one may lie beyond."
+            )
+    return notes
 
 
 def _on_transfer(

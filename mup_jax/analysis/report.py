@@ -49,9 +49,7 @@ def markdown(
         f"{_law(report)} fitted to {report['baseline']}.",
         _multiplier_table(report),
         "## How it was measured",
-        "Each optimizer's learning rate was tuned at the smallest rung and carried to the others "
-        "by its parametrization. The smallest rung's losses are the ones that chose the learning "
-        "rate, so they are slightly optimistic, for all optimizers alike.",
+        _tuning(report),
         _rung_table(report),
         "Base learning rate, before the factors of the parametrization: at the smallest rung the "
         "tuned one; at larger ones the best of those tried, with their number.",
@@ -121,6 +119,41 @@ def _check(factor: float, difference: float | None) -> str:
     return f"×{factor:g}: " + ("diverged" if difference is None else f"{difference:+.4f}")
 
 
+def _tuning(report: Mapping[str, Any]) -> str:
+    """How the rates were found, with a table of what was tried where that is known."""
+    carried = "at the smallest rung and carried to the others by its parametrization."
+    rows = []
+    for name, summary in report["optimizers"].items():
+        if summary["tuning"]:
+            rates, factors = (
+                sorted({point[axis] for point in summary["tuning"]["grid"]}) for axis in (0, 1)
+            )
+            tuned = next(iter(summary["best_learning_rate"].values()), None)
+            rows.append(
+                [
+                    name,
+                    ", ".join(f"{x:g}" for x in rates),
+                    ", ".join(f"×{x:g}" for x in factors),
+                    summary["tuning"]["cells"],
+                    "–" if tuned is None else f"{tuned:g}",
+                    f"×{summary['embedding_readout_factor']:g}",
+                ]
+            )
+    if not rows:
+        return (
+            f"Each optimizer's learning rate was tuned {carried} The smallest rung's losses are "
+            "the ones that chose the learning rate, so they are slightly optimistic, for all "
+            "optimizers alike."
+        )
+    header = ["", "learning rates tried", "times, for all but hidden matrices"]
+    return (
+        "Each optimizer's learning rate, and the factor by which that of embedding and readout "
+        f"differs, were tuned {carried} Tuned is the minimum of a parabola in log2 through the "
+        "best pair tried and its neighbours; the runs that tuned are no results.\n\n"
+        + table([*header, "runs", "tuned rate", "tuned factor"], rows)
+    )
+
+
 def _law(report: Mapping[str, Any]) -> str:
     law = report["law"] or {}
     if "exponent" not in law:
@@ -150,6 +183,7 @@ def terminal_table(report: Mapping[str, Any]) -> str:
     lines = [["optimizer", "rate", *rungs]]
     for name, summary in report["optimizers"].items():
         rate = summary["best_learning_rate"].get(rungs[0])
+        factor = summary["embedding_readout_factor"] or 1.0
         cells = []
         for rung in rungs:
             entry = summary["compute_multiplier"].get(rung)
@@ -158,7 +192,8 @@ def terminal_table(report: Mapping[str, Any]) -> str:
             if entry and name != report["baseline"]:
                 cell += f" {entry['value']:.2f}x{'e' if entry['extrapolated'] else ' '}"
             cells.append(cell)
-        lines.append([name, "-" if rate is None else f"{rate:g}", *cells])
+        times = f" x{factor:.3g}" if factor != 1 else ""
+        lines.append([name, "-" if rate is None else f"{rate:g}{times}", *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -26,6 +26,8 @@ class Series:
       weight_decay: λ of the base, of all runs but those of `by_decay`.
       by_rung: rung -> base learning rate -> lines, both ascending.
       by_decay: rung -> weight decay of the base -> lines, of those that differ in it.
+      tuning: lines of the grid at the smallest rung, where its rates were tuned on runs of their
+        own.
     """
 
     optimizer: str
@@ -33,6 +35,7 @@ class Series:
     weight_decay: float
     by_rung: dict[str, dict[float, list[Line]]] = field(default_factory=dict)
     by_decay: dict[str, dict[float, list[Line]]] = field(default_factory=dict)
+    tuning: list[Line] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -62,13 +65,16 @@ def series_of(results: Sequence[Line], rungs: Sequence[Mapping[str, Any]]) -> di
     """The series by name, the baseline first and µP before other parametrizations.
 
     At the base all parametrizations that have no runs of their own share those of µP. The weight
-    decay of a series is that of its base; runs with another one are checks of it.
+    decay of a series is that of its base; runs with another one are checks of it. A series of which
+    only tuning runs have finished is left out.
 
     Raises:
       ValueError: two lines that differ in nothing that a ladder varies.
     """
     _check_places(results)
     base = rungs[0]["name"]
+    tuning = [line for line in results if line.get("is_tuning")]
+    results = [line for line in results if not line.get("is_tuning")]
     keys = {(line["optimizer"], _parametrization(line)): None for line in results}
     order = lambda key: (key[0] != BASELINE, key[1] != "mup")
     found: dict[str, Series] = {}
@@ -91,6 +97,11 @@ def series_of(results: Sequence[Line], rungs: Sequence[Mapping[str, Any]]) -> di
                 series.by_rung[rung["name"]] = _grouped(usual, "learning_rate")
             if other:
                 series.by_decay[rung["name"]] = _grouped(other, "weight_decay")
+        series.tuning = [
+            line
+            for line in tuning
+            if line["optimizer"] == optimizer and _parametrization(line) == parametrization
+        ]
         found[series.name] = series
     return found
 
@@ -133,7 +144,8 @@ def _check_places(results: Sequence[Line]) -> None:
     seen: dict[tuple[Any, ...], Line] = {}
     for line in results:
         keys = ("rung", "optimizer", "learning_rate", "weight_decay", "seed")
-        place = (_parametrization(line), *(line[key] for key in keys))
+        others = (line.get("embedding_readout_factor"), line.get("is_tuning"))
+        place = (_parametrization(line), *others, *(line[key] for key in keys))
         if place in seen:
             name = series_name(line["optimizer"], _parametrization(line))
             raise ValueError(

@@ -24,11 +24,11 @@ from mup_jax.analysis.runs import (
 def summarize(results: Sequence[Line]) -> dict[str, Any]:
     """Compares the optimizers of a ladder, finished or not.
 
-    The smallest rung by parameters holds each optimizer's learning-rate grid, and the learning rate
-    with the lowest mean validation loss there is the optimizer's, in every parametrization that has
-    no runs of its own there. A larger rung's result is its cells of that same base learning rate;
-    cells at others, or at another weight decay, check whether it is still the best. A diverged run
-    counts as an infinite loss.
+    The smallest rung by parameters says at which learning rate an optimizer was tuned, in every
+    parametrization that has no runs of its own there: the one of its cells that do not tune, or, of
+    several, that with the lowest mean validation loss. A larger rung's result is its cells of that
+    same base learning rate; cells at others, or at another weight decay, check whether it is still
+    the best. A diverged run counts as an infinite loss.
 
     Args:
       results: one dict per cell, as the ladder writes them to results.jsonl. Losses are in nats per
@@ -43,7 +43,10 @@ def summarize(results: Sequence[Line]) -> dict[str, Any]:
       - `optimizers[name]`, where the name is that of the optimizer in µP, and "optimizer,
         parametrization" otherwise: `optimizer`, `parametrization`, `weight_decay` (λ of the base),
         `best_learning_rate` (tuned at the smallest rung, best of those tried at larger ones),
-        `learning_rate_sweep` ([learning rate, mean loss of equal seeds or None]), `checks`
+        `embedding_readout_factor` (tuned; None in results that have none), `tuning` (see
+        `_tuning`; None where the cells that tune are the result), `learning_rate_sweep`
+        ([learning rate, mean loss of equal seeds or None], where it was tuned with the best factor
+        of each), `checks`
         (see `_checks`), `final_loss`,
         `final_loss_by_seed` (None where diverged), `multipliers` and `compute_multiplier` and
         `law_multiplier` (see `add_multipliers`), `coordinate_check` (feature change relative to the
@@ -54,10 +57,14 @@ def summarize(results: Sequence[Line]) -> dict[str, Any]:
         a reader of the numbers must know.
 
     Raises:
-      ValueError: no results, or two cells that differ in nothing that a ladder varies.
+      ValueError: no results but those of tuning, or two cells that differ in nothing that a
+        ladder varies.
     """
-    if not results:
-        raise ValueError("results has 0 cells: run the ladder before its report")
+    if all(line.get("is_tuning") for line in results):
+        raise ValueError(
+            f"results has {len(results)} cells, none of them beyond tuning: let the ladder run on "
+            "before its report"
+        )
     rungs = rungs_of(results)
     series = series_of(results, rungs)
     gradient_seconds = _gradient_seconds(results)
@@ -87,6 +94,13 @@ def _optimizer(
     tuned = best.get(base_rung)
     chosen = {rung: by_rate[tuned] for rung, by_rate in series.by_rung.items() if tuned in by_rate}
     by_seed = {rung: losses(lines) for rung, lines in chosen.items()}
+    sweep = {
+        rung: [[rate, _finite_or_none(mean_loss(lines))] for rate, lines in paired(by_rate).items()]
+        for rung, by_rate in series.by_rung.items()
+    }
+    tuning = _tuning(series.tuning)
+    if tuning is not None:
+        sweep[base_rung] = _best_factors(tuning["grid"])
     changes = {
         rung: [
             check["feature_change_rms"]
@@ -109,12 +123,9 @@ def _optimizer(
         "parametrization": series.parametrization,
         "weight_decay": series.weight_decay,
         "best_learning_rate": {rung: rate for rung, rate in best.items() if rate is not None},
-        "learning_rate_sweep": {
-            rung: [
-                [rate, _finite_or_none(mean_loss(lines))] for rate, lines in paired(by_rate).items()
-            ]
-            for rung, by_rate in series.by_rung.items()
-        },
+        "embedding_readout_factor": series.lines[0].get("embedding_readout_factor"),
+        "tuning": tuning,
+        "learning_rate_sweep": sweep,
         "checks": {} if tuned is None else _checks(series, chosen, base_rung, tuned),
         "final_loss": {
             rung: float(np.mean(x)) for rung, x in by_seed.items() if np.isfinite(x).all()
@@ -142,6 +153,29 @@ def _optimizer(
             if rung in gradient_seconds
         },
     }
+
+
+def _tuning(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """The number of `cells`, and the `grid`: [learning rate, factor, mean loss or None], ascending.
+
+    None where there is no line.
+    """
+    if not lines:
+        return None
+    keys = ("learning_rate", "embedding_readout_factor")
+    points: dict[tuple[float, ...], list[Line]] = {}
+    for line in lines:
+        points.setdefault(tuple(line[key] for key in keys), []).append(line)
+    grid = [[*point, _finite_or_none(mean_loss(of))] for point, of in sorted(points.items())]
+    return {"cells": len(lines), "grid": grid}
+
+
+def _best_factors(grid: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Of each learning rate of a grid the lowest loss."""
+    losses: dict[float, list[float]] = {}
+    for rate, _, loss in grid:
+        losses.setdefault(rate, []).append(np.inf if loss is None else loss)
+    return [[rate, _finite_or_none(min(of))] for rate, of in losses.items()]
 
 
 def _checks(

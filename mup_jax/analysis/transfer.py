@@ -79,6 +79,70 @@ def largest_harmless(curve: Curve, margin: float = MARGIN) -> Optimum | None:
     return Optimum(value, min(alone), max(alone), float(losses.min()), at_edge)
 
 
+def parabola_minimum(losses: Mapping[Any, float]) -> tuple[float, ...]:
+    """The hyperparameters at the minimum of a parabola in log2 through the best and its neighbours.
+
+    The parabola has products of the hyperparameters too, and goes by least squares through all
+    points that are at most one step of the grid from the best. Where that has no minimum, each
+    hyperparameter has a parabola of its own, through the best and its two neighbours.
+
+    Args:
+      losses: mean loss (inf: diverged) by point, a tuple, of a grid whose axes are positive and
+        spaced by constant factors.
+
+    Returns:
+      A point that is at most one step from the best; along an axis at whose edge the best stands,
+      or that has one value, the best.
+
+    Example:
+      >>> grid = [(x, y) for x in (1.0, 2.0, 4.0) for y in (1.0, 2.0, 4.0)]
+      >>> bowl = lambda x, y: (math.log2(x) - 1.2) ** 2 + (math.log2(y) - 0.9) ** 2
+      >>> [round(math.log2(v), 3) for v in parabola_minimum({p: bowl(*p) for p in grid})]
+      [1.2, 0.9]
+    """
+    best = min(losses, key=losses.__getitem__)
+    alone = tuple(
+        _vertex(*_line(losses, best, axis))[0] if math.isfinite(losses[best]) else best[axis]
+        for axis in range(len(best))
+    )
+    at = np.log2(np.array([*losses]) / np.array(best))
+    inside = [i for i in range(len(best)) if at[:, i].min() < -1e-9 and at[:, i].max() > 1e-9]
+    if len(inside) < 2:
+        return alone
+    step = np.array([np.abs(at[:, i])[np.abs(at[:, i]) > 1e-9].min() for i in inside])
+    x, y = at[:, inside] / step, np.array([*losses.values()])
+    # Along the other axes only what the best has.
+    others = np.delete(at, inside, axis=1)
+    near = (np.abs(x) < 1.5).all(1) & np.isfinite(y) & (np.abs(others) < 1e-9).all(1)
+    x, y, n = x[near], y[near], len(inside)
+    pairs = [(i, j) for i in range(n) for j in range(i, n)]
+    design = np.stack([np.ones(len(x)), *x.T, *(x[:, i] * x[:, j] for i, j in pairs)], axis=1)
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        return alone
+    coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
+    hessian = np.zeros((n, n))
+    for (i, j), c in zip(pairs, coefficients[1 + n :], strict=True):
+        hessian[i, j] += c
+        hessian[j, i] += c
+    if np.linalg.eigvalsh(hessian).min() <= 0:
+        return alone
+    minimum = np.clip(np.linalg.solve(hessian, -coefficients[1 : 1 + n]), -1, 1)
+    found = list(alone)
+    for i, shift in zip(inside, minimum * step, strict=True):
+        found[i] = float(best[i] * 2**shift)
+    return tuple(found)
+
+
+def _line(
+    losses: Mapping[Any, float], best: tuple[float, ...], axis: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values along one axis through the best point, ascending, and their losses."""
+    same = lambda point: all(i == axis or x == best[i] for i, x in enumerate(point))
+    pairs = sorted((point[axis], loss) for point, loss in losses.items() if same(point))
+    values, found = np.array(pairs).T
+    return values, found
+
+
 def drift_per_doubling(sizes: ArrayLike, best: ArrayLike) -> float:
     """a of best ∝ size^a, by least squares in logarithms: 0 where the best value transfers."""
     return float(np.polyfit(np.log2(sizes), np.log2(best), 1)[0])

@@ -259,15 +259,17 @@ def identity(config: Config) -> str:
 
 def program_identity(config: Config) -> str:
     """Equal for runs that can share compiled programs: learning rates, weight decay, ε and seed are
-    arguments of those.
+    arguments of those, and what is measured afterwards is no part of them.
     """
-    shared = copy.deepcopy(config)
-    shared.seed = 0
-    shared.optimizer.learning_rate = shared.optimizer.weight_decay = 0.0
-    shared.optimizer.embedding_readout_factor = 1.0
-    if shared.optimizer.epsilon is not None:
-        shared.optimizer.epsilon = 0.0
-    return to_json(shared)
+    shared = config.to_dict()
+    shared |= {"seed": 0, "measure_optimizer": True}
+    shared["optimizer"] |= {
+        "learning_rate": 0.0,
+        "embedding_readout_factor": 1.0,
+        "weight_decay": 0.0,
+        "epsilon": None if config.optimizer.epsilon is None else 0.0,
+    }
+    return json.dumps(shared, sort_keys=True)
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:

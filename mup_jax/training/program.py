@@ -126,8 +126,12 @@ class Program:
     @functools.cached_property
     def step(self) -> Any:
         """`(state, batch, hyperparameters) -> (state, metrics)`; donates the state."""
+        return self.lower_step().compile()
+
+    def lower_step(self) -> Any:
+        """`step` as it is before it is compiled."""
         arguments = self.abstract_state, self.abstract_batch, _abstract_hyperparameters()
-        return jax.jit(self._step, donate_argnums=0).lower(*arguments).compile()
+        return jax.jit(self._step, donate_argnums=0).lower(*arguments)
 
     @functools.cached_property
     def init(self) -> Any:

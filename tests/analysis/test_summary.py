@@ -308,3 +308,48 @@ def test_no_results_are_refused():
 def test_mixed_devices_are_noted(ladder):
     ladder[3]["device"] = "gpu"
     assert "differ in their device" in summarize(ladder)["notes"][0]
+
+
+def tuned_on_two_rates(ladder):
+    """The ladder with runs that tuned, a rate between those of their grid, and no sweep of old."""
+    lines = [
+        line | {"embedding_readout_factor": 2.5, "is_tuning": False}
+        for line in ladder
+        if line["rung"] != "w24" or line["learning_rate"] == TUNED
+    ]
+    for optimizer in MULTIPLIERS:
+        for power in (-1, 0, 1):
+            for factor in (1.0, 2.0, 4.0):
+                loss = 3.0 + 0.1 * power**2 + 0.1 * (factor - 2.0) ** 2
+                one = cell("w24", optimizer, TUNED * 2.0**power, 0, loss)
+                one |= {"embedding_readout_factor": factor, "is_tuning": True}
+                lines.append(one | {"cell": f"{one['cell']} x{factor:g}"})
+    return lines
+
+
+def test_runs_that_tune_are_no_results(ladder):
+    report = summarize(tuned_on_two_rates(ladder))
+    for name in MULTIPLIERS:
+        summary, before = report["optimizers"][name], summarize(ladder)["optimizers"][name]
+        assert summary["final_loss"] == before["final_loss"]
+        assert summary["tuning"]["cells"] == 9
+        # Of each rate the best factor.
+        sweep = {TUNED / 2: 3.1, TUNED: 3.0, 2 * TUNED: 3.1}
+        assert dict(map(tuple, summary["learning_rate_sweep"]["w24"])) == pytest.approx(sweep)
+    page = markdown(report)
+    assert "| adamw | 0.0078125, 0.015625, 0.03125 | ×1, ×2, ×4 | 9 | 0.015625 | ×2.5 |" in page
+    assert "0.015625 x2.5" in terminal_table(report)
+    assert not [note for note in report["notes"] if "end of its grid" in note]
+
+
+def test_a_best_pair_at_the_end_of_its_grid_is_noted(ladder):
+    lines = tuned_on_two_rates(ladder)
+    kept = [line for line in lines if not line["is_tuning"] or line["embedding_readout_factor"] > 1]
+    (note,) = {n for n in summarize(kept)["notes"] if "muon" in n and "end of its grid" in n}
+    assert "muon: the best factor of embedding and readout at w24, 2, is the lower end" in note
+
+
+def test_nothing_but_tuning_is_no_report(ladder):
+    lines = [line for line in tuned_on_two_rates(ladder) if line["is_tuning"]]
+    with pytest.raises(ValueError, match="36 cells, none of them beyond tuning"):
+        summarize(lines)

@@ -10,6 +10,7 @@ from mup_jax.analysis.transfer import (
     largest_harmless,
     loss_of,
     optimum,
+    parabola_minimum,
     summarize_sweep,
 )
 
@@ -103,3 +104,39 @@ def test_harmless_values_are_what_transfers():
     assert summary["drift"] == pytest.approx(-1.0, abs=0.01)
     assert summary["lost"][16] < 0.05
     assert summary["lost"][64] == pytest.approx(4 * summary["lost"][16], rel=0.01)
+
+
+PAIRS = [(x, y) for x in (1.0, 2.0, 4.0, 8.0) for y in (1.0, 3.0, 9.0)]
+
+
+def bowl(x, y, at=(2.6, 4.0)):
+    """A parabola in log2 whose axes are not those of the grid."""
+    u, v = math.log2(x / at[0]), math.log2(y / at[1])
+    return 2 + u**2 + 0.4 * v**2 + 0.5 * u * v
+
+
+def test_a_parabola_of_two_hyperparameters_is_found_again():
+    assert parabola_minimum({p: bowl(*p) for p in PAIRS}) == pytest.approx((2.6, 4.0))
+
+
+def test_noise_is_averaged_over_the_neighbours():
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(200):
+        noisy = {p: bowl(*p) + 0.05 * rng.normal() for p in PAIRS}
+        errors.append(np.log2(np.array(parabola_minimum(noisy)) / (2.6, 4.0)))
+    # The best pair of the grid alone is off by up to half a step, 0.5 and 0.8, or more.
+    assert np.sqrt(np.mean(np.square(errors), axis=0)) == pytest.approx([0, 0], abs=0.4)
+
+
+def test_one_hyperparameter_and_an_edge():
+    losses = {(x, 2.0): bowl(x, 4.0) for x in (1.0, 2.0, 4.0)}
+    assert parabola_minimum(losses) == pytest.approx((2.6, 2.0))
+    # At an edge there is nothing to interpolate.
+    assert parabola_minimum({p: p[0] + bowl(2.6, p[1]) for p in PAIRS})[0] == 1.0
+
+
+def test_a_diverged_neighbour_is_left_out():
+    losses = {p: math.inf if p == (4.0, 9.0) else bowl(*p) for p in PAIRS}
+    assert parabola_minimum(losses) == pytest.approx((2.6, 4.0))
+    assert parabola_minimum({(1.0, 1.0): math.inf, (2.0, 1.0): math.inf}) == (1.0, 1.0)

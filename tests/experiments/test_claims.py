@@ -112,8 +112,8 @@ def test_a_schedule_goes_on_with_what_another_machine_has_left(tmp_path, clock, 
     monkeypatch.setattr(run_lib.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 60))
     finished = FinishedCells(tmp_path)
     work = Work(
-        missing_tasks=lambda results: [] if results else [Task("small", "one", [cell], 1.0)],
-        remaining_cells=lambda results: {"small": 1 - len(results)},
+        missing_tasks=lambda results: [] if results else [Task("small", "one", [cell])],
+        remaining_cells=lambda results: {("small", "one"): 1 - len(results)},
         flops={"small": 1.0},
         workers=1,
         platform="cpu",

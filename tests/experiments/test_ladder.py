@@ -19,7 +19,7 @@ from experiments.cells.claims import held
 from experiments.ladder import describe as describe_lib
 from experiments.ladder import fit
 from experiments.ladder.describe import describe, describe_scaling, estimate
-from experiments.ladder.plan import Ladder, Series, default_ladder, default_optimizer
+from experiments.ladder.plan import Ladder, Rates, Series, default_ladder, default_optimizer
 from experiments.ladder.report import read_results, result_lines
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
 from experiments.ladder.status import status
@@ -64,16 +64,18 @@ def test_same_tokens_per_parameter_at_every_rung():
         ratio = rung.tokens / rung.parameters
         assert ratio == pytest.approx(ladder.config.tokens_per_parameter, rel=1e-3)
     for smaller, larger in zip(ladder.rungs, ladder.rungs[1:], strict=False):
-        assert larger.parameters >= 2 * smaller.parameters
+        assert larger.flops >= 2 * smaller.flops
     assert f"{ladder.rungs[-1].parameters:,}" in describe(ladder)
 
 
 def test_cells_differ_only_where_a_ladder_varies():
     ladder = Ladder(small_ladder())
-    cells = ladder.tuning_cells(ADAMW, (4e-3, 8e-3))
+    points = ladder.grid(ADAMW).points
+    cells = ladder.tuning_cells(ADAMW, points)
     assert len({cell.name for cell in cells}) == 4
-    assert cells[0].name == ladder.tuning_cells(ADAMW, (4e-3,))[0].name
-    large = ladder.transfer_cells(ladder.rungs[1], ADAMW, 4e-3)
+    assert cells[0].name == ladder.tuning_cells(ADAMW, points[:1])[0].name
+    base, large = (ladder.cells(rung, ADAMW, points[0]) for rung in ladder.rungs)
+    assert [c.config.optimizer.learning_rate for c in base] == [4e-3, 4e-3]
     assert [c.config.optimizer.learning_rate for c in large] == [4e-3, 4e-3, 2e-3, 8e-3]
     assert {c.config.base.width for c in large} == {8}
     assert {c.config.model.width for c in large} == {16}
@@ -83,6 +85,7 @@ def test_cells_differ_only_where_a_ladder_varies():
     ("optimum", "best", "tried"),
     [
         (8e-3, 8e-3, [4e-3, 8e-3, 1.6e-2]),  # at the upper edge: one more, which is worse
+        (1e-2, 1e-2, [4e-3, 8e-3, 1.6e-2]),  # between two of the grid
         (4e-3, 4e-3, [2e-3, 4e-3, 8e-3]),
         (6.4e-2, 1.6e-2, [4e-3, 8e-3, 1.6e-2]),  # extensions used up
     ],
@@ -96,7 +99,8 @@ def test_the_grid_extends_itself(optimum, best, tried):
         if found is not None:
             break
         results |= results_of(cells, loss)
-    assert found == best
+    assert found.learning_rate == pytest.approx(best, rel=0.01)
+    assert found.embedding_readout_factor == 1
     assert sorted({c.config.optimizer.learning_rate for c in cells}) == pytest.approx(tried)
 
 
@@ -104,7 +108,36 @@ def test_a_diverged_seed_rules_a_learning_rate_out():
     ladder = Ladder(small_ladder(max_extensions=0))
     cells, _ = tune(ladder, ADAMW, {})
     diverges = lambda config: None if config.optimizer.learning_rate == 8e-3 else 2.0
-    assert tune(ladder, ADAMW, results_of(cells, diverges))[1] == 4e-3
+    assert tune(ladder, ADAMW, results_of(cells, diverges))[1].learning_rate == 4e-3
+
+
+def test_both_rates_are_tuned_with_the_same_trials_for_every_optimizer():
+    config = small_ladder()
+    for settings in config.optimizers.values():
+        settings.embedding_readout_factors = (1, 2, 4)  # whole numbers are numbers
+        settings.learning_rates = (4e-3, 8e-3, 1.6e-2)
+    ladder = Ladder(config)
+
+    def bowl(config):
+        given = config.optimizer
+        x, y = math.log2(given.learning_rate / 9e-3), math.log2(given.embedding_readout_factor / 5)
+        return 2 + x**2 + 0.5 * y**2 + 0.3 * x * y
+
+    tried = {}
+    for series in (ADAMW, MUON):
+        results, found = {}, None
+        while found is None:
+            cells, found = tune(ladder, series, results)
+            results |= results_of(cells, bowl)
+        assert found == pytest.approx(Rates(9e-3, 5.0), rel=0.01)  # 5 is beyond the grid
+        tried[series] = len(cells)
+    assert tried[ADAMW] == tried[MUON] == 2 * 3 * 4
+
+
+def test_a_grid_of_one_pair_is_not_tuned():
+    config = small_ladder()
+    config.optimizers.adamw.learning_rates = (8e-3,)
+    assert tune(Ladder(config), ADAMW, {}) == ([], Rates(8e-3, 1.0))
 
 
 def test_an_optimizer_that_diverges_everywhere_stops_no_other():
@@ -112,27 +145,55 @@ def test_an_optimizer_that_diverges_everywhere_stops_no_other():
     lost = results_of(tune(ladder, MUON, {})[0], lambda _: None)
     assert tune(ladder, MUON, lost)[1] is None
     found = results_of(tune(ladder, ADAMW, {})[0], log_parabola(8e-3))
-    assert [(t.size, t.name) for t in missing_tasks(ladder, lost | found)] == [("w16", "adamw")]
-    assert remaining_cells(ladder, lost | found) == {"w8": 0, "w16": 4}
+    assert [(t.size, t.name) for t in missing_tasks(ladder, lost | found)] == [
+        ("w8", "adamw"),
+        ("w16", "adamw"),
+    ]
+    assert remaining(ladder, lost | found) == {"w8": 2, "w16": 4}
 
 
 def test_tasks_appear_as_results_do():
     ladder = Ladder(small_ladder(max_extensions=0))
     tasks = missing_tasks(ladder, {})
     assert [(t.size, t.name, len(t.cells)) for t in tasks] == [
-        ("w8", "adamw", 4),
-        ("w8", "muon", 4),
+        ("w8", "adamw, tuning", 4),
+        ("w8", "muon, tuning", 4),
     ]
+    assert remaining(ladder, {}) == {"w8": 12, "w16": 8}
     results = results_of(tasks[0].cells, log_parabola(8e-3))
     tasks = missing_tasks(ladder, results)
-    assert [(t.size, t.name) for t in tasks] == [("w8", "muon"), ("w16", "adamw")]
-    assert remaining_cells(ladder, results) == {"w8": 4, "w16": 8}
+    # What the first optimizer can have at the smallest sizes, before the next is tuned.
+    assert [(t.size, t.name) for t in tasks] == [
+        ("w8", "adamw"),
+        ("w16", "adamw"),
+        ("w8", "muon, tuning"),
+    ]
+    assert remaining(ladder, results) == {"w8": 8, "w16": 8}
     results |= results_of(tasks[1].cells, lambda _: 2.0)
-    assert remaining_cells(ladder, results) == {"w8": 4, "w16": 4}
-    results |= results_of(tasks[0].cells, log_parabola(1e-2))
-    (task,) = missing_tasks(ladder, results)
+    assert remaining(ladder, results) == {"w8": 8, "w16": 4}
+    results |= results_of(tasks[0].cells + tasks[2].cells, log_parabola(1e-2))
+    base, task = missing_tasks(ladder, results)
+    assert {c.config.optimizer.learning_rate for c in base.cells} == {1e-2}
     assert {c.config.optimizer.learning_rate for c in task.cells} == {5e-3, 1e-2, 2e-2}
-    assert missing_tasks(ladder, results | results_of(task.cells, lambda _: 2.0)) == []
+    last = results_of(base.cells + task.cells, lambda _: 2.0)
+    assert missing_tasks(ladder, results | last) == []
+
+
+def test_a_size_ends_before_the_next_begins():
+    ladder = Ladder(small_ladder(widths=(8, 16, 24, 32), max_extensions=0))
+    results = {}
+    for series in (ADAMW, MUON):
+        results |= results_of(tune(ladder, series, {})[0], lambda _: 2.0)
+    sizes = [task.size for task in missing_tasks(ladder, results)]
+    assert sizes == ["w8", "w16", "w8", "w16", "w24", "w24", "w32", "w32"]
+
+
+def remaining(ladder, results):
+    """Cells by rung."""
+    counts = dict.fromkeys((rung.name for rung in ladder.rungs), 0)
+    for (rung, _), count in remaining_cells(ladder, results).items():
+        counts[rung] += count
+    return counts
 
 
 def test_parametrizations_share_the_base_and_the_largest_rung_has_checks():
@@ -146,7 +207,7 @@ def test_parametrizations_share_the_base_and_the_largest_rung_has_checks():
     assert [series.name for series in ladder.series] == names
     tuning = [t for t in missing_tasks(ladder, {}) if t.vectorized]
     assert [(t.name, len(t.cells)) for t in tuning] == [
-        ("adamw", 4), ("muon", 4), ("muon, spectral_norm", 4),
+        ("adamw, tuning", 4), ("muon, tuning", 4), ("muon, spectral_norm, tuning", 4),
     ]  # fmt: skip
     rates = [{c.config.optimizer.learning_rate for c in t.cells} for t in tuning]
     assert rates == [{4e-3, 8e-3}, {1e-2, 2e-2}, {0.1, 0.2}]
@@ -154,7 +215,7 @@ def test_parametrizations_share_the_base_and_the_largest_rung_has_checks():
     for task in tuning:
         results |= results_of(task.cells, lambda config: config.optimizer.learning_rate)
     tasks = {(t.size, t.name): t.cells for t in missing_tasks(ladder, results)}
-    assert len(tasks) == 2 * len(names)
+    assert len(tasks) == 2 * len(names) + 3
     options = tasks["w16", "muon, sp"][0].config.optimizer.options
     assert options.learning_rate_scaling == options.weight_decay_scaling == "constant"
     checks = [
@@ -204,9 +265,9 @@ def test_status_counts_what_others_do(tmp_path):
         rows = [line.split() for line in status(ladder, tmp_path).splitlines()]
     assert rows == [
         ["rung", "finished", "claimed", "left"],
-        ["w8", "1", "1", "6"],
+        ["w8", "1", "1", "10"],
         ["w16", "0", "0", "8"],
-        ["all", "1", "1", "14"],
+        ["all", "1", "1", "18"],
     ]
 
 
@@ -217,6 +278,7 @@ def result_for(cell):
         "validation_loss": 2.0, "parameters": cell.config.model.width, "seed": cell.config.seed,
         "optimizer": given.name, "learning_rate": given.learning_rate,
         "weight_decay": given.weight_decay,
+        "embedding_readout_factor": given.embedding_readout_factor,
     }  # fmt: skip
 
 
@@ -227,6 +289,7 @@ def result_for(cell):
         ({"parametrizations": ("mup", "pm")}, "unknown parametrization 'pm'.*wd_only"),
         ({"checks": (1.0, 2.0)}, "factors > 0 but 1"),
         ({"checks": (2.0, 2.0)}, "each once"),
+        ({"decay_checks": (-2.0,)}, "config.decay_checks"),
         ({"widths": (8,)}, "at least two"),
         ({"widths": (16, 8)}, "ascending"),
         ({"widths": (8, 20)}, "20 is not a multiple of head_dim=8"),
@@ -371,11 +434,11 @@ def test_the_ladder_of_the_paper():
     for rung in ladder.rungs:
         assert (rung.parameters, rung.tokens, rung.steps) == PUBLISHED[rung.width][:3]
         assert f"{rung.flops:.4e}" == f"{PUBLISHED[rung.width][3]:.4e}"
-    muon = ladder.cell(ladder.rungs[-1], MUON, 8e-3, 0).config
+    muon = ladder.cell(ladder.rungs[-1], MUON, ladder.grid(MUON).points[0], 0).config
     assert muon.warmup_tokens == 11_140_854
     assert muon.optimizer.weight_decay * muon.base.width == pytest.approx(0.16384)
     assert muon.optimizer.embedding_readout_factor == pytest.approx(1.6)
-    adamw = ladder.cell(ladder.rungs[-1], ADAMW, 4e-3, 0).config
+    adamw = ladder.cell(ladder.rungs[-1], ADAMW, ladder.grid(ADAMW).points[0], 0).config
     assert adamw.warmup_tokens == 742_723_584
     assert adamw.optimizer.options.eps == 1e-20
 

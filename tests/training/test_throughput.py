@@ -20,7 +20,11 @@ MODEL = LlamaConfig(vocab_size=96, width=16, depth=1, head_dim=8)
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
         ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
     ],
 )
 def test_peak_is_that_of_the_longest_match(kind, expected):
