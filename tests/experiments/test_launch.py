@@ -12,12 +12,21 @@ from pathlib import Path
 import pytest
 
 from experiments import command, train
-from tests.experiments.test_ladder import CONFIG_FILE
 
 LAUNCH = Path("experiments/launch").absolute()
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 CONFIG = str(Path("configs/tiny.py").absolute())
 LADDER = str(Path("configs/ladder_cpu.py").absolute())
+
+# A plan times steps of every rung and optimizer.
+SMALL_LADDER = """
+from tests.experiments.test_ladder import small_ladder
+
+def get_config():
+    config = small_ladder(platform="cpu")
+    del config.optimizers.muon
+    return config
+"""
 
 SETTINGS = {
     "tpu_pod.sh": {"PROJECT": "p", "ZONE": "z", "TPU": "t", "CONFIG": CONFIG, "WORKDIR": "/w"},
@@ -154,9 +163,8 @@ def test_slurm(run, assert_trains, code, requeued):
 
 
 def test_slurm_ladder(run, tmp_path):
-    # The plan times a step of every rung.
     config = tmp_path / "ladder.py"
-    config.write_text(CONFIG_FILE)
+    config.write_text(SMALL_LADDER)
     settings = {**SETTINGS["slurm_ladder.sbatch"], **OF_SLURM, "CONFIG": str(config)}
     process, (srun,) = run(LAUNCH / "slurm_ladder.sbatch", "--config.workers=16", **settings)
     assert process.returncode == 0, process.stderr
