@@ -18,21 +18,30 @@ from ml_collections import ConfigDict
 from experiments.ladder.plan import default_ladder, default_optimizer
 
 _SIZES = {
-    "small": {
-        "widths": (24, 36, 48),
-        "tokens_per_parameter": 3.0,
-        "seeds": (0, 1),
-        "parametrizations": ("mup",),
-        "decay_checks": (),
-    },
+    "small": {"widths": (24, 36, 48), "tokens_per_parameter": 3.5, "parametrizations": ("mup",)},
     "full": {
-        "widths": (24, 48, 72),
-        "tokens_per_parameter": 4.0,
-        "seeds": (0, 1, 2),
+        "widths": (48, 72, 96),
+        "tokens_per_parameter": 3.0,
         "parametrizations": ("mup", "sp"),
     },
 }
 _HEAD_DIMS = {"small": 12, "full": 24}
+_BATCH_SIZES = {"small": 2, "full": 4}
+# The middle of each grid, whose values are twice as large from one to the next.
+_MIDDLES = {
+    "small": {
+        "adamw": (1.6e-2, 8.0),
+        "muon": (3.2e-2, 4.0),
+        "shampoo": (2.4e-2, 4.0),
+        "soap": (2.4e-2, 4.0),
+    },
+    "full": {
+        "adamw": (1.6e-2, 4.0),
+        "muon": (3.2e-2, 2.0),
+        "shampoo": (1.6e-2, 4.0),
+        "soap": (1.6e-2, 4.0),
+    },
+}
 
 
 def get_config(size: str = "small") -> ConfigDict:
@@ -41,6 +50,8 @@ def get_config(size: str = "small") -> ConfigDict:
     config = default_ladder()
     config.update(_SIZES[size])
     config.depth = 2
+    config.seeds = (0, 1)
+    config.decay_checks = ()
     config.workers = min(os.cpu_count() or 1, 8)
     config.platform = "cpu"
     # One program of many runs takes longer to compile than these take to train.
@@ -49,28 +60,22 @@ def get_config(size: str = "small") -> ConfigDict:
     train = config.train
     train.model.head_dim = _HEAD_DIMS[size]
     train.context = 128
-    train.batch_size = 4
+    train.batch_size = _BATCH_SIZES[size]
     train.warmup_tokens = 20 * 512
-    train.eval_batches = 64
+    train.eval_batches = 256 // train.batch_size
     # A run of seconds begins again.
     train.checkpoint_every = 500 if size == "full" else 0
 
     blocks = {"block_size": _HEAD_DIMS[size]}
-    # The middle of each grid, whose values are twice as large from one to the next.
-    middles = {
-        "adamw": (1.6e-2, 8.0, {}),
-        "muon": (3.2e-2, 2.0, {}),
-        "shampoo": (1.6e-2, 4.0, blocks),
-        "soap": (1.6e-2, 4.0, blocks | {"exact_steps": 50}),
-    }
+    options = {"adamw": {}, "muon": {}, "shampoo": blocks, "soap": blocks | {"exact_steps": 50}}
     config.optimizers = {
         name: {
             **default_optimizer(),
             "learning_rates": (rate / 2, rate, 2 * rate),
             "embedding_readout_factors": (factor / 2, factor, 2 * factor),
-            "weight_decay": 0.1 / 24,  # λ·D as in the paper, about
-            "options": ConfigDict(options),
+            "weight_decay": 0.1 / config.widths[0],  # λ·D as in the paper, about
+            "options": ConfigDict(options[name]),
         }
-        for name, (rate, factor, options) in middles.items()
+        for name, (rate, factor) in _MIDDLES[size].items()
     }
     return config

@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import ladder_cpu
-from experiments.ladder.plan import Ladder, Series
+from experiments.ladder.plan import Ladder, Rates, Series
 from mup_jax import data
 from mup_jax.training import train, train_vectorized
 
@@ -37,9 +37,11 @@ LOWEST_RATE = 2.5e-4
 def sweep_configs(optimizer: str, rates: int, seeds: int) -> list[ConfigDict]:
     config = ladder_cpu.get_config()
     config.seeds = tuple(range(seeds))
-    ladder = Ladder(config)
-    grid = [LOWEST_RATE * 2**i for i in range(rates)]
-    return [cell.config for cell in ladder.tuning_cells(Series(optimizer), grid)]
+    config.tuning_seeds = seeds
+    ladder, series = Ladder(config), Series(optimizer)
+    factor = ladder.grid(series).embedding_readout_factors[0]
+    points = [Rates(LOWEST_RATE * 2**i, factor) for i in range(rates)]
+    return [cell.config for cell in ladder.tuning_cells(series, points)]
 
 
 def train_all(

@@ -33,10 +33,10 @@ _PACKAGES = {
 }
 CONFIGS = {"full": "configs/ladder_gpu.py", "tiny": "configs/ladder_cpu.py"}
 # From so many seconds on: widths, tokens per parameter. Compiling takes most of a short one.
-_SIZES = (
+SIZES = (
     (1500.0, (64, 128, 256), 8.0),
     (500.0, (64, 128, 192), 6.0),
-    (0.0, (64, 96, 128), 3.0),
+    (0.0, (64, 128, 192), 2.0),
 )
 # Those that the last of them takes, mostly of compiling.
 _SECONDS = 240.0
@@ -98,7 +98,7 @@ def _arguments(scale: str, workdir: Path, seconds: float) -> Sequence[str]:
     kept = workdir.with_name("ladder_command.json")
     if kept.exists():
         return json.loads(kept.read_text())
-    _, widths, tokens = next(size for size in _SIZES if seconds >= size[0])
+    _, widths, tokens = next(size for size in SIZES if seconds >= size[0])
     more: dict[str, Any] = {}
     if scale == "tiny":
         widths, tokens = (8, 16, 24), 1.0
@@ -110,6 +110,7 @@ def _arguments(scale: str, workdir: Path, seconds: float) -> Sequence[str]:
         "seeds": (0,),
         "parametrizations": ("mup",),
         "checks": (),
+        "decay_checks": (),
         "max_extensions": 0,
         **more,
     }

@@ -82,7 +82,8 @@ def default_ladder() -> ConfigDict:
     """Every key that a ladder has.
 
     `widths` ascend; the first is the base, where each optimizer is tuned on all pairs of its
-    `learning_rates`, those of hidden matrices, and `embedding_readout_factors`, with every seed.
+    `learning_rates`, those of hidden matrices, and `embedding_readout_factors`, with the first
+    `tuning_seeds` seeds: a parabola through nine pairs needs few.
     Both are spaced by a constant factor, and extend themselves while the best pair is at an edge,
     at most `max_extensions` times. Tuned is the minimum of a parabola in log2 through the best pair
     and its neighbours; a single pair is not tuned. The warm-up is `warmup_tokens` at every rung,
@@ -104,6 +105,7 @@ def default_ladder() -> ConfigDict:
             "depth": 2,
             "tokens_per_parameter": 8.0,
             "seeds": (0, 1),
+            "tuning_seeds": 1,
             "optimizers": {"adamw": default_optimizer()},
             "parametrizations": ("mup",),
             "checks": (0.5, 2.0),
@@ -226,8 +228,8 @@ class Ladder:
         return Cell(rung.name, f"{label}, tuning" if is_tuning else label, config)
 
     def tuning_cells(self, series: Series, points: Iterable[Rates]) -> list[Cell]:
-        """The cells of these rates at the base, every seed."""
-        base, seeds = self.rungs[0], self.config.seeds
+        """The cells of these rates at the base."""
+        base, seeds = self.rungs[0], self.config.seeds[: self.config.tuning_seeds]
         return [
             self.cell(base, series, rates, seed, is_tuning=True)
             for rates in points
@@ -288,6 +290,11 @@ class Ladder:
             raise ValueError(f"config.widths={widths}: give at least two, ascending")
         if not config.seeds or len(set(config.seeds)) < len(config.seeds):
             raise ValueError(f"config.seeds={config.seeds}: give at least one, each once")
+        if not 1 <= config.tuning_seeds <= len(config.seeds):
+            raise ValueError(
+                f"config.tuning_seeds={config.tuning_seeds}: give 1 to {len(config.seeds)}, as "
+                "many as there are seeds"
+            )
         if config.tokens_per_parameter <= 0:
             raise ValueError(
                 f"config.tokens_per_parameter={config.tokens_per_parameter}: give a value > 0"

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from configs import ladder_gpu
 from experiments.accelerator import checks, ladder, report, training, updates
 from experiments.accelerator.__main__ import PARTS, make_parts
 from experiments.accelerator.session import Case, Cut, Part, Session, Unavailable
+from experiments.ladder.plan import Ladder
 from mup_jax.transforms.linalg import use_paths_of
 
 ROOT = Path(__file__).parents[2]
@@ -396,3 +398,10 @@ def test_a_ladder_of_seconds(desk, tmp_path, monkeypatch):
     assert desk.report() == {"ladder": "measured"}
     assert "8 16 24" in desk.markdown
     assert "adamw" in desk.markdown
+
+
+@pytest.mark.parametrize(("widths", "tokens"), [size[1:] for size in ladder.SIZES])
+def test_every_size_of_the_ladder_is_one(widths, tokens):
+    config = ladder_gpu.get_config()
+    config.update(widths=widths, tokens_per_parameter=tokens, seeds=(0,), parametrizations=("mup",))
+    assert [rung.width for rung in Ladder(config).rungs] == [*widths]

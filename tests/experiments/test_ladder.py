@@ -44,6 +44,7 @@ def small_ladder(**changes):
         "muon": {**default_optimizer(), "learning_rates": (1e-2, 2e-2)},
     }
     config.max_extensions = 1
+    config.tuning_seeds = 2
     for key, value in changes.items():
         config[key] = value
     return config
@@ -294,6 +295,7 @@ def result_for(cell):
         ({"widths": (16, 8)}, "ascending"),
         ({"widths": (8, 20)}, "20 is not a multiple of head_dim=8"),
         ({"seeds": ()}, "seeds"),
+        ({"tuning_seeds": 3}, "tuning_seeds=3: give 1 to 2"),
         ({"tokens_per_parameter": 0.0}, "tokens_per_parameter=0.0"),
         ({"workers": 0}, "workers=0"),
     ],
