@@ -14,8 +14,9 @@ ladder: $(STAMP)  ## train the CPU ladder and write its report to runs/ladder_cp
 test: $(STAMP)  ## every test that takes a few seconds at most
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(STAMP)  ## the long tests
-	$(BIN)/python -m pytest -n 2 -m slow
+test-slow: $(STAMP)  ## the long tests, and those of programs that are compiled as users compile them
+	$(BIN)/python -m pytest -n 2 -m "slow and not optimized"
+	$(BIN)/python -m pytest -n 2 -m optimized --optimize
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,10 +27,6 @@ import mup_jax
 from mup_jax import DerivedRule, ParamShape, Rule, rules
 from mup_jax.transfer.derive import LAYERS, TOLERANCE, VOCABULARY
 
-WIDTHS = flags.DEFINE_list("widths", ["128", "256", "512"], "Widths, at least three.")
-ONLY = flags.DEFINE_list("only", [], "Names of transformations, as in the report; or all.")
-OUTPUT = flags.DEFINE_string("output", "", "Folder for report.md and results.json.")
-
 BLOCK = 8
 EXAMPLES = 16
 # Unblocked SOAP is measured at narrower widths, so that examples can be more than them.
@@ -313,25 +309,33 @@ def report(results: dict[str, dict[str, dict[str, Any]]], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def define_flags() -> None:
+    """Not where the module is imported: tests import other commands with flags of these names."""
+    flags.DEFINE_list("widths", ["128", "256", "512"], "Widths, at least three.")
+    flags.DEFINE_list("only", [], "Names of transformations, as in the report; or all.")
+    flags.DEFINE_string("output", "", "Folder for report.md and results.json.")
+
+
 def main(_: list[str]) -> None:
+    given = flags.FLAGS
     chosen = sections()
     names = {name for cases in chosen.values() for name in cases}
-    unknown = set(ONLY.value) - names
+    unknown = set(given.only) - names
     if unknown:
-        raise app.UsageError(f"--only={','.join(ONLY.value)}: choose from {', '.join(names)}")
-    widths = [int(width) for width in WIDTHS.value]
+        raise app.UsageError(f"--only={','.join(given.only)}: choose from {', '.join(names)}")
+    widths = [int(width) for width in given.widths]
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for title, cases in chosen.items():
         results[title] = {}
         for name, case in cases.items():
-            if not ONLY.value or name in ONLY.value:
+            if not given.only or name in given.only:
                 results[title][name] = row = measure(case, widths)
                 print(f"{name}: {row.get('reason') or _numbers(row['exponents'])}", flush=True)
-    command = f"python -m experiments.derived_rules --widths={','.join(WIDTHS.value)}"
+    command = f"python -m experiments.derived_rules --widths={','.join(given.widths)}"
     text = report(results, command)
     print(text)
-    if OUTPUT.value:
-        folder = pathlib.Path(OUTPUT.value)
+    if given.output:
+        folder = pathlib.Path(given.output)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text(text)
         result = {
@@ -345,4 +349,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -45,3 +46,18 @@ def test_every_public_name_is_there_and_documented(name):
 
 def test_names_are_sorted_and_unique():
     assert list(mup_jax.__all__) == sorted(set(mup_jax.__all__))
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+@pytest.mark.parametrize(
+    "module", ["mup_jax.transforms.soap", "experiments.train", "tests.somewhere"]
+)
+def test_what_is_about_to_go_away_is_an_error_where_we_use_it(module, category):
+    """As pyproject.toml says; of a module of others it is a warning."""
+    call = "warnings.warn('gone in the next release', category)"
+    of = lambda name: {"__name__": name, "warnings": warnings, "category": category}
+    with pytest.raises(category):
+        exec(call, of(module))
+    with warnings.catch_warnings(record=True) as caught:
+        exec(call, of("somebody.else"))
+    assert [w.category for w in caught] == [category]

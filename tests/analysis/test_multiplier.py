@@ -167,13 +167,19 @@ def law_coverage(rungs, **options):
 
 
 @pytest.mark.parametrize(
-    ("rungs", "seeds", "noise", "deviation"), [(6, 2, 0.003, 1), (6, 3, 0.003, 3), (4, 2, 0.01, 1)]
+    ("rungs", "seeds", "noise", "deviation"),
+    [
+        (6, 3, 0.003, 3),
+        pytest.param(6, 2, 0.003, 1, marks=pytest.mark.slow),
+        pytest.param(4, 2, 0.01, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_law_covers_as_often_as_it_says(rungs, seeds, noise, deviation):
     covered = law_coverage(rungs, seeds=seeds, noise=noise, deviation=deviation)
     assert 0.85 <= covered <= 0.95, covered
 
 
+@pytest.mark.slow
 def test_the_law_covers_more_where_no_rung_deviates():
     # Few rungs cannot show that none deviates, so the interval allows for it: not above 97%.
     covered = law_coverage(6, seeds=3, noise=0.01)

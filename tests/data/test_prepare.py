@@ -201,6 +201,7 @@ def test_interrupted_work_goes_on(corpus, tmp_path, many_parts, monkeypatch):
     assert calls == [0, 1, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n" * 2**22)

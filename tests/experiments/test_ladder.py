@@ -328,7 +328,7 @@ CONFIG_FILE = """
 from tests.experiments.test_ladder import small_ladder
 
 def get_config():
-    return small_ladder(workers=2, platform="cpu", max_extensions=0)
+    return small_ladder(workers=2, platform="cpu", max_extensions=0, tokens_per_parameter=2.0)
 """
 
 
@@ -342,6 +342,7 @@ def start(config, workdir):
     )
 
 
+@pytest.mark.slow
 def test_a_ladder_from_the_command_line_survives_a_kill(tmp_path):
     config = tmp_path / "ladder.py"
     config.write_text(CONFIG_FILE)

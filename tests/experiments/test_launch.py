@@ -11,10 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from experiments import command, train
+
 LAUNCH = Path("experiments/launch").absolute()
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 CONFIG = str(Path("configs/tiny.py").absolute())
 LADDER = str(Path("configs/ladder_cpu.py").absolute())
+
+# A plan times steps of every rung and optimizer.
+SMALL_LADDER = """
+from tests.experiments.test_ladder import small_ladder
+
+def get_config():
+    config = small_ladder(platform="cpu")
+    del config.optimizers.muon
+    return config
+"""
 
 SETTINGS = {
     "tpu_pod.sh": {"PROJECT": "p", "ZONE": "z", "TPU": "t", "CONFIG": CONFIG, "WORKDIR": "/w"},
@@ -78,12 +90,24 @@ def module_and_flags(command):
     return command[command.index("-m") :]
 
 
-def assert_trains(arguments):
+@pytest.fixture
+def assert_trains(run_command, capsys):
     """The trainer accepts these flags: what it complains of is the last one, which we add."""
-    command = [sys.executable, *arguments, "--config.tokens=1"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert "config.tokens=1 is less than one batch" in process.stderr
+
+    def entry_point():
+        command.run(
+            train.main,
+            config="configs/tiny.py",
+            workdir="unused",
+            define_flags=train.define_flags,
+        )
+
+    def assert_trains(arguments):
+        assert arguments[:2] == ["-m", "experiments.train"]
+        assert run_command(entry_point, *arguments[2:], "--config.tokens=1") == 2
+        assert "config.tokens=1 is less than one batch" in capsys.readouterr().err
+
+    return assert_trains
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -107,7 +131,7 @@ def test_each_setting_that_is_missing_is_named(run, script):
         assert calls == []
 
 
-def test_tpu_pod(run):
+def test_tpu_pod(run, assert_trains):
     process, calls = run(
         LAUNCH / "tpu_pod.sh",
         "--config.seed=3",
@@ -128,7 +152,7 @@ def test_tpu_pod(run):
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (143, True)])
-def test_slurm(run, code, requeued):
+def test_slurm(run, assert_trains, code, requeued):
     settings = {**SETTINGS["slurm.sbatch"], **OF_SLURM, "EXIT_CODE": str(code)}
     process, (srun, *others) = run(LAUNCH / "slurm.sbatch", "--config.seed=3", **settings)
     assert process.returncode == code
@@ -138,14 +162,16 @@ def test_slurm(run, code, requeued):
         assert_trains(module_and_flags(srun))
 
 
-def test_slurm_ladder(run):
-    settings = {**SETTINGS["slurm_ladder.sbatch"], **OF_SLURM}
+def test_slurm_ladder(run, tmp_path):
+    config = tmp_path / "ladder.py"
+    config.write_text(SMALL_LADDER)
+    settings = {**SETTINGS["slurm_ladder.sbatch"], **OF_SLURM, "CONFIG": str(config)}
     process, (srun,) = run(LAUNCH / "slurm_ladder.sbatch", "--config.workers=16", **settings)
     assert process.returncode == 0, process.stderr
     assert "symmetric-run" in srun
     assert "--launcher=ray" in srun
-    command = [sys.executable, *module_and_flags(srun), "--mode=plan"]
-    plan = subprocess.run(command, capture_output=True, text=True, check=True)
+    plan_only = [sys.executable, *module_and_flags(srun), "--mode=plan"]
+    plan = subprocess.run(plan_only, capture_output=True, text=True, check=True)
     assert "cells" in plan.stdout
 
 
@@ -155,7 +181,7 @@ def test_gke_jobset_is_filled_in_and_applied(run):
     assert sorted(calls) == [["envsubst"], ["kubectl", "apply", "-f", "-"]]
 
 
-def test_gke_jobset():
+def test_gke_jobset(assert_trains):
     yaml = pytest.importorskip("yaml")
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     template = string.Template((LAUNCH / "gke_jobset.yaml").read_text())
@@ -190,7 +216,7 @@ def skypilot():
     return yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 
 
-def test_skypilot_says_where_the_processes_find_each_other(run, tmp_path):
+def test_skypilot_says_where_the_processes_find_each_other(run, assert_trains, tmp_path):
     recipe = skypilot()
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)

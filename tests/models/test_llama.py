@@ -167,7 +167,16 @@ def activations(params, tokens, config=CONFIG):
     return jax.jit(lambda params: nnx.merge(graphdef, params).activations(tokens))(params)
 
 
-@pytest.mark.parametrize(("depth", "middle"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("depth", "middle"),
+    [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+        pytest.param(5, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_activations_of_the_middle_block_are_those_of_a_shallower_model(depth, middle):
     config, shallow = (dataclasses.replace(CONFIG, depth=n) for n in (depth, middle))
     params = initial(config)

@@ -73,7 +73,7 @@ def copied(saved, folder):
     return folder
 
 
-@pytest.mark.parametrize("name", ["adamw", "soap"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("soap", marks=pytest.mark.slow)])
 def test_bitwise(folder, name):
     state = trained(name)[0]
     # Damage must not be mistaken for what a diverged run looks like.

@@ -21,6 +21,9 @@ from tests.training.processes import (
     wait_for_checkpoint,
 )
 
+# Each of the processes takes seconds to start; test_loop.py interrupts runs within its own.
+pytestmark = pytest.mark.slow
+
 CONFIG_FILE = """
 from tests.training.tiny import tiny_config
 
@@ -83,7 +86,6 @@ def test_killed_runs_end_with_the_same_numbers(config_file, undisturbed):
     assert_same_run(workdir, undisturbed)
 
 
-@pytest.mark.slow
 def test_twenty_kills_of_a_preconditioned_run(config_file):
     config, folder = f"{config_file}:soap,2000", config_file.parent
     finish(start(config, folder / "soap"))
@@ -140,7 +142,6 @@ def test_a_full_disk_stops_the_run_and_keeps_its_checkpoint(config_file, undistu
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.slow
 def test_two_processes(config_file, undisturbed):
     """Four devices each, on a mesh that crosses them; one is killed, both start again."""
     workdir = config_file.parent / "two"
@@ -155,7 +156,7 @@ def test_two_processes(config_file, undisturbed):
     assert_similar(workdir, undisturbed, newest_checkpoint(workdir))
 
 
-@pytest.mark.slow  # it notices after 100 seconds
+# It notices after 100 seconds.
 def test_a_process_whose_partner_is_killed_ends(config_file, undisturbed):
     workdir = config_file.parent / "left"
     begin_in_two_processes(config_file, workdir, wait=True)

@@ -114,7 +114,7 @@ def interrupt_at(steps):
     return on_progress
 
 
-@pytest.mark.parametrize("name", ["adamw", "soap"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("soap", marks=pytest.mark.slow)])
 def test_interrupted_runs_end_with_the_same_numbers(tmp_path, name):
     config = tiny_config(optimizer__name=name)
     expected = train(config, tmp_path / "undisturbed")
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_set_aside(finished, tmp_path, caplog):
 
 def test_a_run_may_begin_with_the_weights_of_another(finished, tmp_path):
     workdir, _ = finished
-    changed = tiny_config(optimizer__name="muon", init_from=str(workdir))
+    changed = tiny_config(optimizer__name="lion", init_from=str(workdir))
     train(changed, tmp_path / "run")
     first, before = (read_lines(w / "metrics.jsonl") for w in (tmp_path / "run", workdir))
     # Where the other run ended, but at the beginning of the schedule and of the data.
@@ -262,8 +262,9 @@ def test_an_observer_that_fails_is_left_out(tmp_path, caplog):
     assert "an observer failed and is left out" in caplog.text
 
 
-def test_health_and_a_trace(tmp_path):
-    config = tiny_config(optimizer__name="shampoo", health_every=20, measure_optimizer=False)
+@pytest.mark.slow
+def test_a_trace(tmp_path):
+    config = tiny_config(measure_optimizer=False)
     workdir = tmp_path / "run"
     with pytest.raises(Interruption):
         train(config, workdir, interrupt_at(16), profile=range(10, 13))
@@ -272,6 +273,12 @@ def test_health_and_a_trace(tmp_path):
     shutil.rmtree(workdir / "profile")
     train(config, workdir, profile=range(5, 100))
     assert list(workdir.glob("profile/**/*.xplane.pb"))
+
+
+def test_health(tmp_path):
+    config = tiny_config(optimizer__name="shampoo", health_every=20, measure_optimizer=False)
+    workdir = tmp_path / "run"
+    train(config, workdir)
     lines = {line["step"]: line for line in read_lines(workdir / "metrics.jsonl")}
     assert [step for step, line in lines.items() if "nonfinite" in line] == [20, 40]
     conditions = [key for key in lines[40] if key.startswith("condition/")]

@@ -32,6 +32,10 @@ from tests.training.tiny import (
 OPTIMIZERS = ["adamw", "muon", "shampoo", "soap"]
 
 
+def slow(*parameters):
+    return pytest.param(*parameters, marks=pytest.mark.slow)
+
+
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
@@ -65,7 +69,7 @@ def test_cross_entropy():
     np.testing.assert_allclose(cross_entropy(logits, targets), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, pytest.param("sophia", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["adamw", *map(slow, [*OPTIMIZERS[1:], "sophia"])])
 def test_training_reduces_the_loss(name):
     state, metrics = trained(name)
     losses = [values["loss"] for values in metrics]
@@ -173,13 +177,7 @@ def test_learning_rate_scales_the_update():
     np.testing.assert_allclose(fast, 2 * slow, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adamw",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "shampoo", "soap")),
-    ],
-)
+@pytest.mark.parametrize("name", ["adamw", *map(slow, OPTIMIZERS[1:])])
 def test_epsilon_is_an_argument_of_the_program(name):
     """The same ε as an option of the optimizer gives the same parameters."""
     epsilon, steps = 1e-2, 3
@@ -256,7 +254,7 @@ def test_rules_scale_the_updates_of_wider_models(name):
             assert jnp.linalg.norm(matrix[0], 2) == pytest.approx(1.0, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("soap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["adamw", slow("soap")])
 def test_the_state_is_donated(name):
     program = program_of(1, optimizer__name=name)
     with jax.set_mesh(mesh_of(1)):
@@ -308,7 +306,7 @@ def stacked(program):
     return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
 
 
-QUICK = [("adamw", (8, 1, 1)), ("muon", (2, 2, 2))]
+QUICK = [("muon", (2, 2, 2))]
 
 
 def on_meshes():
@@ -340,13 +338,15 @@ def test_parameters_and_state_are_divided():
         assert {share(x) for x in matrices} == {1 / 4}
 
 
-@pytest.mark.parametrize("changes", [{"microbatches": 8}, {"remat": "full"},
-                                     {"remat": "dots"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"microbatches": 8}, slow({"remat": "full"}), slow({"remat": "dots"})]
+)
 def test_memory_is_saved_without_a_change(changes):
     expected, _ = losses_on("muon", (1, 1, 1))
     np.testing.assert_allclose(losses_on("muon", (1, 1, 1), **changes)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_on_a_mesh():
     expected, _ = losses_on("muon", (1, 1, 1))
     losses, _ = losses_on("muon", (2, 2, 2), microbatches=2, remat="full")

@@ -94,7 +94,8 @@ def test_passes_in_mup(optimizer):
 
 
 def test_adam_fails_in_sp():
-    check = check_mlp(adam, scaled=False)
+    # Far apart: at small widths what the embedding's change adds hides part of the growth.
+    check = check_mlp(adam, (32, 512), scaled=False)
     assert not check.passed
     assert {"features", "logits"} <= set(check.failed)
     assert check.activation_slopes["features"]["step_change"] > 0.3

@@ -74,7 +74,10 @@ EPSILON_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", EPSILON_CASES)
+@pytest.mark.parametrize(
+    "name",
+    [*list(EPSILON_CASES)[:4], pytest.param("one-sided shampoo", marks=pytest.mark.slow)],
+)
 def test_scaling_the_gradient_is_scaling_epsilon(name):
     make, rule, eps = EPSILON_CASES[name]
     scaled = run(mup(make(eps), rule, SHAPES))
@@ -148,7 +151,8 @@ def test_residual_networks_change_alike_at_every_depth(inner, rule, learning_rat
 
     def change(depth):
         """RMS of that of the last features, in the first step."""
-        multiplier = (base / depth) ** alpha / 4
+        # Small: the rules are about the leading order.
+        multiplier = (base / depth) ** alpha / 8
         block = lambda x, w: (x + multiplier * jnp.tanh(x) @ w, None)
         features = jax.jit(lambda layers: jax.lax.scan(block, x, layers)[0])
         shape = ParamShape("hidden", width, width, width, width, depth / base, alpha)

@@ -176,7 +176,7 @@ def test_tied_embeddings_transfer_when_logits_are_divided_by_the_width_ratio(rul
         "adam": optax.scale_by_adam(),
         "muon": mup_jax.scale_by_muon(orthogonalizer="svd"),
     }[rule]
-    base, widths, vocabulary = 64, (64, 1024), 32
+    base, widths, vocabulary = 64, (64, 8192), 32
     rng = np.random.default_rng(0)
     x, y = rng.integers(vocabulary, size=(2, 16))
 

@@ -32,14 +32,6 @@ OPTIONS = {
 measure = jax.jit(preconditioner_health)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def transformation(name):
     maker = MAKERS[name.partition(",")[0]]
@@ -99,10 +91,7 @@ def condition_and_turn_of_basis(statistic, basis):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "shampoo, blocks" else [])
-        for name in OPTIONS
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] if "blocks" in name else []) for name in OPTIONS],
 )
 def test_like_eigenvalues(name):
     *_, state = states_of(name, drifting())
@@ -157,7 +146,10 @@ def test_staleness_is_none_when_all_is_fresh(name):
     assert max(x[f"staleness/{GROUP}"] for x in measured_after(name, drifting())) < 1e-5
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if "blocks" in name else []) for name in OPTIONS],
+)
 def test_without_statistics_there_are_zeros(name):
     zeros = [np.zeros_like(x) for x in drifting()[:2]]
     assert all(set(x.values()) == {0} for x in measured_after(name, zeros))
@@ -228,7 +220,9 @@ def test_optimizers_without_preconditioners(optimizer):
     assert measure(optimizer.init(PARAMS)) == {}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", MAKERS)
 def test_on_a_mesh(name, kind):
     # Two matrices on four devices: the factors of the state are divided as well.

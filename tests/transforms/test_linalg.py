@@ -18,6 +18,8 @@ from mup_jax.transforms.linalg import (
     use_paths_of,
 )
 
+pytestmark = pytest.mark.usefixtures("with_and_without_optimizations")
+
 # GPUs take each function from one of these.
 PATHS = ("cpu", "tpu")
 RNG = np.random.default_rng(0)

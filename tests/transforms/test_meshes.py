@@ -88,22 +88,13 @@ def put(tree, leaves, mesh):
     }
 
 
-@pytest.fixture
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 SLOW = [
-    ("shampoo", "Explicit"), ("soap_blocks", "Explicit"), ("graft", "Explicit"),
-    ("soap_one_side", "Explicit"), ("adamuon", "Explicit"),
+    ("shampoo", "Explicit"), ("soap", "Explicit"), ("soap_blocks", "Explicit"),
+    ("soap_one_side", "Explicit"), ("graft", "Explicit"), ("adamuon", "Explicit"),
     *((name, "Auto") for name in TRANSFORMATIONS if name != "muon"),
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("name", "axis_type"),
     [
@@ -190,12 +181,19 @@ def factorizations(text):
     return sum(int(n) for n in re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', text))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "leaves",
     [pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow), pytest.param(TENSOR, id="tensor")],
 )
 @pytest.mark.parametrize(
-    "name", ["muon", "shampoo_blocks", pytest.param("shampoo", marks=pytest.mark.slow), "soap"]
+    "name",
+    [
+        "muon",
+        "shampoo_blocks",
+        pytest.param("shampoo", marks=pytest.mark.slow),
+        pytest.param("soap", marks=pytest.mark.slow),
+    ],
 )
 def test_state_and_work_are_equal_shares_and_nothing_is_gathered(name, leaves):
     mesh = make_mesh(AxisType.Explicit)
@@ -222,6 +220,7 @@ def test_state_and_work_are_equal_shares_and_nothing_is_gathered(name, leaves):
         assert sum(found["all-to-all"]) == 4 * share
 
 
+@pytest.mark.optimized
 def test_the_work_on_a_vocabulary_is_divided_though_it_is_one_matrix():
     # No number of devices divides it.
     leaves = {"embedding": ((1, 2011, 32), jax.P(None, None, ("data", "model")))}
@@ -237,6 +236,8 @@ def test_the_work_on_a_vocabulary_is_divided_though_it_is_one_matrix():
     assert sum(found["all-reduce"]) <= 32 * 32 + 10
 
 
+@pytest.mark.slow
+@pytest.mark.optimized
 def test_automatic_axes_gather_nothing_either():
     for name in ("muon", "shampoo_blocks"):
         program, _ = compiled_update(name, FSDP, make_mesh(AxisType.Auto))
@@ -245,9 +246,13 @@ def test_automatic_axes_gather_nothing_either():
         assert bool(found["all-to-all"]) == (name == "muon")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    "name", ["muon", "shampoo_blocks", pytest.param("soap", marks=pytest.mark.slow)]
+    "name",
+    [
+        "shampoo_blocks",
+        pytest.param("muon", marks=pytest.mark.slow),
+        pytest.param("soap", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_is_restored_bit_for_bit_on_other_meshes(name, tmp_path):
     leaves = {"up": FSDP["up"], "uneven": ((3, 24, 24), jax.P(None, "data", None))}

@@ -24,7 +24,14 @@ RNG = np.random.default_rng(0)
 
 
 # GPUs take one function from each of the other two.
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("gpu", marks=pytest.mark.slow), "tpu"])
+OPTIMIZED = [
+    pytest.param(path, id=f"{path} optimized", marks=[pytest.mark.slow, pytest.mark.optimized])
+    for path in ("cpu", "gpu", "tpu")
+]
+on_cpu_and_tpu = pytest.mark.parametrize("path", ["cpu", "tpu", *OPTIMIZED], indirect=True)
+
+
+@pytest.fixture(autouse=True, params=["cpu", *OPTIMIZED])
 def path(request):
     """Every property holds for the algorithms of every platform."""
     with use_paths_of(request.param):
@@ -173,6 +180,7 @@ def test_what_is_not_a_matrix_is_refused(name, shape):
 # Symmetries
 
 
+@on_cpu_and_tpu
 @pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name not in NOT_SYMMETRIC])
 def test_symmetries_of_whole_matrices(name):
     gradients = normal(6, N, N)
@@ -259,6 +267,7 @@ def test_zero_gradients_give_zero_updates(name):
     assert counted(states[-1]) == 0
 
 
+@on_cpu_and_tpu
 @pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "adamuon"])
 def test_rank_one_gradients(name):
     gradients = np.repeat(normal(1, K, N, 1) * normal(1, K, 1, N), 4, axis=0)
@@ -411,6 +420,7 @@ def turn_of(shape, leaves, leaf, block_size, frequency):
     return refresh
 
 
+@on_cpu_and_tpu
 @pytest.mark.parametrize("name", ["shampoo", "soap"])
 def test_staggered_blocks_agree_with_float64_reference(name):
     # Edge blocks have rectangular covariances without a textbook basis: SOAP gets none.

@@ -113,9 +113,11 @@ def test_seeds_and_steps_draw_different_labels():
         run(scale_by_sophia_g(b2=0.0, seed=s), [np.ones((D, V), np.float32)])[1][0].h[None]
         for s in (0, 1)
     ]
-    np.testing.assert_array_equal(draws[0][0], draws[1][0])
-    assert np.any(draws[0][0] != draws[0][1])
-    assert np.any(draws[1] != draws[2])
+    # Of two programs, which round differently; another draw differs by far more.
+    alike = functools.partial(np.allclose, rtol=1e-5, atol=0)
+    assert alike(draws[0][0], draws[1][0])
+    assert not alike(draws[0][0], draws[0][1])
+    assert not alike(draws[1], draws[2])
 
 
 # Gradients and estimates at the edge
