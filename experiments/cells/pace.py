@@ -5,6 +5,9 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# Of a cell: what takes less says little of how long a whole one takes.
+_LEAST_DONE = 0.5
+
 
 @dataclass
 class _Seen:
@@ -19,7 +22,9 @@ class _Seen:
     @property
     def seconds_per_cell(self) -> float | None:
         done = sum(self.done.values()) - self.first
-        return (self.last - self.trains) / done if self.trains is not None and done > 0 else None
+        if self.trains is None or done < _LEAST_DONE:
+            return None
+        return (self.last - self.trains) / done
 
 
 class Pace:

@@ -118,6 +118,7 @@ CHANGES = {
     "warmup_tokens": 0,
     "optimizer__name": "muon",
     "optimizer__learning_rate": 2e-2,
+    "optimizer__embedding_readout_factor": 2.0,
     "optimizer__weight_decay": 0.1,
     "optimizer__epsilon": 1e-6,
     "optimizer__options": ConfigDict({"b1": 0.8}),
@@ -155,7 +156,13 @@ def test_identity_differs_for_any_change_but_of_the_machine(key):
     config = changed(**{key: CHANGES[key]})
     of_machine = key.partition("__")[0] in MACHINE_KEYS
     assert (identity(config) == identity(tiny_config())) == of_machine
-    shares_programs = key in ("seed", "optimizer__learning_rate", "optimizer__weight_decay")
+    shares_programs = key in (
+        "seed",
+        "measure_optimizer",
+        "optimizer__learning_rate",
+        "optimizer__embedding_readout_factor",
+        "optimizer__weight_decay",
+    )
     assert (program_identity(config) == program_identity(tiny_config())) == shares_programs
     difference = differences(tiny_config().to_dict(), config.to_dict())
     assert len(difference) == 1
