@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and are stored with the figures of a full run."""
 
+import itertools
 import json
 import re
 
@@ -52,6 +53,12 @@ def figures(notebook):
     return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
 
 
+def kinds(notebook):
+    """Of the outputs of each cell; what is printed may come in any number of pieces."""
+    of_cells = [[output.output_type for output in cell.outputs] for cell in code_cells(notebook)]
+    return [[kind for kind, _ in itertools.groupby(of_cell)] for of_cell in of_cells]
+
+
 def printed(notebook):
     """All text of the outputs."""
     texts = [output.get("text", "") for output in outputs(notebook)]
@@ -64,7 +71,6 @@ def test_runs_from_top_to_bottom(path):
     small = execute(path, parameters=SMALL[path.stem].strip())
     of_full_run = stored(path.stem)
     assert len(figures(small)) == len(figures(of_full_run)) > 0
-    kinds = lambda notebook: [output.output_type for output in outputs(notebook)]
     assert kinds(small) == kinds(of_full_run)
 
 

@@ -151,7 +151,7 @@ def _learning_rate_sweeps(
         if tuned is not None:
             axes.axvline(tuned, color="0.4", linestyle="--", linewidth=1, zorder=0)
         axes.set_xscale("log", base=2)
-        tried = {rate for sweep in summary["learning_rate_sweep"].values() for rate, _ in sweep}
+        tried = {rate for rate, _ in summary["learning_rate_sweep"].get(rungs[0], [])}
         axes.set_xticks(sorted(tried), [f"{rate:.3g}" for rate in sorted(tried)])
         plain_log_scale(axes)
     entries = {
@@ -172,9 +172,11 @@ def _learning_rate_sweeps(
 def _is_tuned(report: Mapping[str, Any], name: str, base_rung: str) -> bool:
     """Whether a series has a sweep at the base that is its own."""
     summary = report["optimizers"][name]
-    in_mup = report["optimizers"].get(summary["optimizer"], {}).get("learning_rate_sweep", {})
-    own = summary["learning_rate_sweep"].get(base_rung)
-    return summary["parametrization"] == "mup" or own != in_mup.get(base_rung)
+    in_mup = report["optimizers"].get(summary["optimizer"], {})
+    if summary["parametrization"] == "mup" or summary["tuning"] or not in_mup:
+        return True
+    shared = in_mup["learning_rate_sweep"].get(base_rung)
+    return not in_mup["tuning"] and summary["learning_rate_sweep"].get(base_rung) != shared
 
 
 def _coordinate_check(report: Mapping[str, Any]) -> Figure:
