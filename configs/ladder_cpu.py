@@ -19,15 +19,14 @@ from ml_collections import ConfigDict
 from experiments.ladder.plan import default_ladder, default_optimizer
 
 _SIZES = {
-    "small": {"widths": (24, 36, 48), "tokens_per_parameter": 3.5, "parametrizations": ("mup",)},
+    "small": {"widths": (32, 48, 64), "tokens_per_parameter": 2.0, "parametrizations": ("mup",)},
     "full": {
         "widths": (48, 72, 96),
         "tokens_per_parameter": 3.0,
         "parametrizations": ("mup", "sp"),
     },
 }
-_HEAD_DIMS = {"small": 12, "full": 24}
-_BATCH_SIZES = {"small": 2, "full": 4}
+_HEAD_DIMS = {"small": 16, "full": 24}
 # The middle of each grid, whose values are twice as large from one to the next.
 _MIDDLES = {
     "small": {
@@ -61,9 +60,9 @@ def get_config(size: str = "small") -> ConfigDict:
     train = config.train
     train.model.head_dim = _HEAD_DIMS[size]
     train.context = 128
-    train.batch_size = _BATCH_SIZES[size]
+    train.batch_size = 4
     train.warmup_tokens = 20 * 512
-    train.eval_batches = 256 // train.batch_size
+    train.eval_batches = 64
     # A run of seconds begins again.
     train.checkpoint_every = 500 if size == "full" else 0
 

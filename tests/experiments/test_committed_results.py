@@ -30,7 +30,11 @@ print(train(config, sys.argv[2])["validation_loss"])
 
 def lines_at_the_base():
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return [line for line in lines if line["rung"] == "w24" and line["seed"] == 0]
+    return [
+        line
+        for line in lines
+        if line["rung"] == "w48" and line["seed"] == 0 and not line["is_tuning"]
+    ]
 
 
 def sweep_results():

@@ -90,7 +90,7 @@ def test_results_are_those_of_the_local_launcher_though_a_process_is_killed(
 
 def work(workers=1, platform="cpu"):
     task = Task("size", "name", [])
-    return Work(lambda _: [task], lambda _: {"size": 1}, {"size": 1.0}, workers, platform)
+    return Work(lambda _: [task], lambda _: {("size", "name"): 1}, {"size": 1.0}, workers, platform)
 
 
 def test_a_folder_that_a_node_does_not_see(cluster, tmp_path, monkeypatch):
