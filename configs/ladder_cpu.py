@@ -4,8 +4,8 @@
     python -m experiments.scale_ladder --config=configs/ladder_cpu.py:full --workdir=DIR
 
 Both have three rungs and two seeds. The first takes minutes, and its models are so small that its
-multipliers show little but that it works. The full one begins at twice the width, has standard
-parametrization beside µP, and takes an hour.
+multipliers show little but that it works. The full one has larger models, standard parametrization
+beside µP, and takes an hour.
 
 Expected of the full one (results/ladder_cpu, Python 3.11's library): validation losses of 2.08,
 1.78, 1.54 with AdamW, 1.84, 1.56, 1.40 with Muon, 1.87, 1.60, 1.43 with Shampoo² and 1.86, 1.60,
