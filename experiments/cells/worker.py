@@ -43,8 +43,8 @@ def configure(platform: str, compiled: Path) -> None:
 def run_task(task: Task, workdir: Path, reports: Any) -> None:
     """Trains the cells of a task, each in its folder in `workdir`; `reports` is for `Progress`.
 
-    Cells that another worker has claimed are left to that one. What a task has compiled is
-    forgotten with the next but one: a worker's memory does not grow with the ladder.
+    Cells that another worker has claimed are left to that one. What was compiled for tasks before
+    the last few is forgotten: a worker's memory does not grow with the ladder.
     """
     gc.collect()
     groups = _groups(task.cells, workdir) if task.vectorized else [[cell] for cell in task.cells]

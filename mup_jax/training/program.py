@@ -303,7 +303,7 @@ def make_program(config: Config, vocab_size: int) -> Program:
     return _cached_program(program_identity(config), vocab_size, jax.sharding.get_mesh())
 
 
-@functools.lru_cache(maxsize=2)  # each holds its compiled programs
+@functools.lru_cache(maxsize=4)  # each holds its compiled programs
 def _cached_program(identity: str, vocab_size: int, mesh: Any) -> Program:
     return Program(as_namespace(json.loads(identity)), vocab_size)
 
