@@ -16,6 +16,7 @@ from experiments.sweeps.schedule import tried, work_of
 from mup_jax import rules
 from mup_jax.analysis import sweeps
 from mup_jax.analysis.batch_figure import write_batch_figure
+from tests.experiments.test_committed_results import assert_same_text
 from tests.experiments.test_sweeps import run
 from tests.experiments.test_sweeps import small_sweep as width_sweep
 
@@ -119,7 +120,7 @@ def test_committed_reports_follow_from_their_losses(folder, tmp_path):
     command = next(line.strip() for line in report.splitlines() if line.startswith("    python"))
     sweeps.add_summaries(results)
     results = json.loads(json.dumps(results))
-    assert sweeps.markdown(results, title, "figure.png", command) == report
+    assert_same_text(sweeps.markdown(results, title, "figure.png", command), report)
     write_batch_figure(results, tmp_path / "batches.png")
     assert (tmp_path / "batches.png").stat().st_size > 20_000
 
