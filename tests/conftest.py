@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.cells.worker import quick_emitters
+
 # Before the first use of a device: meshes of eight are made on any machine.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -22,11 +24,9 @@ def pytest_configure(config):
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
-    # A flag that XLA does not know ends the process: later versions have no other emitters.
-    if jax.__version_info__ < (0, 11):
-        quick = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-        # Of flags that are given twice the last one holds.
-        os.environ["XLA_FLAGS"] = " ".join([*quick, os.environ.get("XLA_FLAGS", "")])
+    # Of flags that are given twice the last one holds.
+    quick = ["--xla_cpu_parallel_codegen_split_count=1", *quick_emitters()]
+    os.environ["XLA_FLAGS"] = " ".join([*quick, os.environ.get("XLA_FLAGS", "")])
 
 
 @pytest.fixture(autouse=True)

@@ -151,6 +151,12 @@ def _with_condition(rng: np.random.Generator, condition: float, m: int, n: int) 
     return (_orthogonal(rng, m)[:, :k] * values) @ _orthogonal(rng, n)[:k]
 
 
+def _statistics(rng: np.random.Generator, n: int, condition: float) -> Array:
+    """A symmetric positive definite `(n, n)` matrix."""
+    q = _orthogonal(rng, n)
+    return q * np.geomspace(1, 1 / condition, n) @ q.T
+
+
 def check_products(n: int) -> list[Finding]:
     """Products of `(n, n)` matrices: how the platform rounds, and whether it can be told not to."""
     rng = np.random.default_rng(0)
@@ -202,11 +208,7 @@ def check_orthogonalize(method: Orthogonalizer, n: int) -> list[Finding]:
 def check_inverse_root(n: int) -> list[Finding]:
     """`inverse_root` of `(n, n)` statistics against float64, well and ill conditioned."""
     rng = np.random.default_rng(0)
-
-    def statistics(condition: float) -> Array:
-        q = _orthogonal(rng, n)
-        return q * np.geomspace(1, 1 / condition, n) @ q.T
-
+    statistics = functools.partial(_statistics, rng, n)
     well, ill, singular = statistics(1e2), statistics(1e8), statistics(1e2)
     half = _orthogonal(rng, n)[:, : n // 2]
     singular = half @ half.T
@@ -238,11 +240,7 @@ def check_inverse_root(n: int) -> list[Finding]:
 def check_eigenbasis(n: int) -> list[Finding]:
     """`eigenbasis` and its refinement: orthogonal, and what is left beside the diagonal."""
     rng = np.random.default_rng(0)
-
-    def statistics(condition: float) -> Array:
-        q = _orthogonal(rng, n)
-        return q * np.geomspace(1, 1 / condition, n) @ q.T
-
+    statistics = functools.partial(_statistics, rng, n)
     batch = np.array([statistics(1e2), statistics(1e8), np.diag(np.arange(n) + 1.0)], np.float32)
     first = np.asarray(jax.jit(eigenbasis)(batch))
     drifted = 0.95 * batch + 0.05 * np.stack([statistics(10.0) for _ in range(3)])

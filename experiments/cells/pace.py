@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 # Of a cell: what takes less says little of how long a whole one takes.
 _LEAST_DONE = 0.5
+# An unknown optimizer's seconds, in those of the slowest.
+_UNKNOWN = 1.3
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Pace:
     """
 
     # Of seconds in FLOPs: products of small matrices take longer than in proportion.
-    _EXPONENT = 0.85
+    _EXPONENT = 0.9
 
     def __init__(self, flops: Mapping[str, float], workers: int):
         self._flops, self._workers = flops, workers
@@ -65,8 +67,8 @@ class Pace:
         for (_, name), of_task in self._seen.items():
             if of_task.trains is not None:
                 prepared.setdefault(_optimizer(name), []).append(of_task.trains - of_task.begun)
-        slowest = max(of_optimizer.values())
-        longest = max(map(statistics.fmean, prepared.values()))
+        slowest = max(of_optimizer.values()) + math.log(_UNKNOWN)
+        longest = max(map(statistics.fmean, prepared.values())) * _UNKNOWN
         left = []
         for (size, name), count in remaining.items():
             seen, optimizer = self._seen.get((size, name)), _optimizer(name)

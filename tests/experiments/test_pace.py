@@ -89,7 +89,8 @@ def test_nothing_is_said_before_anything_was_trained():
     assert pace.seconds_left({("small", "adamw"): 3}) is None
     pace.add(("small", "adamw"), "cell", 0.5, 14.0)
     pace.add(("small", "adamw"), "cell", 1.0, 16.0)
-    # Half a cell took two seconds; the other task will prepare for four before.
+    # Half a cell took two seconds; the other task will prepare for four before, a third longer each
+    # as it is unknown.
     assert pace.seconds_left({("small", "adamw"): 2}) == pytest.approx(2 * 4.0)
     both = {("small", "adamw"): 2, ("small", "muon"): 1}
-    assert pace.seconds_left(both) == pytest.approx(3 * 4.0 + 4.0)
+    assert pace.seconds_left(both) == pytest.approx(2 * 4.0 + 1.3 * (4.0 + 4.0))
