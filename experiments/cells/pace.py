@@ -22,11 +22,18 @@ class _Seen:
     done: dict[str, float] = field(default_factory=dict)
 
     @property
+    def seconds(self) -> float:
+        """Since cells began to train."""
+        return 0.0 if self.trains is None else self.last - self.trains
+
+    @property
+    def cells(self) -> float:
+        """Trained in these seconds."""
+        return sum(self.done.values()) - self.first
+
+    @property
     def seconds_per_cell(self) -> float | None:
-        done = sum(self.done.values()) - self.first
-        if self.trains is None or done < _LEAST_DONE:
-            return None
-        return (self.last - self.trains) / done
+        return self.seconds / self.cells if self.cells >= _LEAST_DONE else None
 
 
 class Pace:
@@ -86,10 +93,13 @@ class Pace:
 
     def _fit(self) -> tuple[dict[str, float], dict[str, float]]:
         """Logarithms of the seconds of a cell: by size, and what each optimizer adds."""
+        trained: dict[tuple[str, str], list[_Seen]] = {}
+        for (size, name), seen in self._seen.items():
+            if seen.seconds_per_cell:
+                trained.setdefault((size, _optimizer(name)), []).append(seen)
         logs = {
-            (size, _optimizer(name)): math.log(seen.seconds_per_cell)
-            for (size, name), seen in self._seen.items()
-            if seen.seconds_per_cell
+            key: math.log(sum(x.seconds for x in of_key) / sum(x.cells for x in of_key))
+            for key, of_key in trained.items()
         }
         of_size: dict[str, float] = {}
         of_optimizer = {optimizer: 0.0 for _, optimizer in logs}
