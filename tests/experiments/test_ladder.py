@@ -65,7 +65,7 @@ def test_same_tokens_per_parameter_at_every_rung():
         ratio = rung.tokens / rung.parameters
         assert ratio == pytest.approx(ladder.config.tokens_per_parameter, rel=1e-3)
     for smaller, larger in zip(ladder.rungs, ladder.rungs[1:], strict=False):
-        assert larger.flops >= 2 * smaller.flops
+        assert larger.flops >= 1.9 * smaller.flops
     assert f"{ladder.rungs[-1].parameters:,}" in describe(ladder)
 
 
