@@ -9,7 +9,7 @@ import optax
 from mup_jax.transfer import rules
 from mup_jax.transfer.mup import add_independent_weight_decay, mup
 from mup_jax.transfer.rules import PowerLaw, Rule
-from mup_jax.transfer.shapes import ROLES, is_shape
+from mup_jax.transfer.shapes import ROLES, map_shapes
 from mup_jax.transforms.matrices import PyTree
 
 Scalar = float | jax.Array
@@ -78,7 +78,7 @@ class Assembly:
         def labels(params: PyTree) -> Any:
             if self.shapes is None:
                 return jax.tree.map(lambda p: "hidden" if p.ndim > 1 else "vector", params)
-            return jax.tree.map(lambda shape: shape.role, self.shapes, is_leaf=is_shape)
+            return map_shapes(lambda shape, _: shape.role, self.shapes, params)
 
         return optax.partition(dict.fromkeys(ROLES, other) | by_role, labels)
 

@@ -12,10 +12,8 @@ from mup_jax.transfer.shapes import map_shapes
 from mup_jax.transforms.matrices import (
     PyTree,
     WeightDimensionNumbers,
-    is_dimension_numbers,
-    map_static,
+    dimension_numbers,
     matrix_layout,
-    resolve_dimension_numbers,
 )
 from mup_jax.transforms.sophia import scale_by_sophia_g
 
@@ -297,19 +295,19 @@ def _scale_by_trust_ratio(numbers: WeightDimensionNumbers) -> optax.GradientTran
     """`optax.scale_by_trust_ratio` for every matrix of a stack on its own."""
     trust_ratio = optax.scale_by_trust_ratio()
 
-    def at_leaf(numbers: Any, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def at_leaf(numbers: Any, update: jax.Array, param: jax.Array) -> jax.Array:
         scale = lambda u, w: trust_ratio.update(u, optax.EmptyState(), w)[0]
-        if pair[0].ndim > 1:
-            for axis in matrix_layout(pair[0].shape, numbers).stack_axes:
+        if update.ndim > 1:
+            for axis in matrix_layout(update.shape, numbers).stack_axes:
                 scale = jax.vmap(scale, axis, axis)
-        return scale(*pair)
+        return scale(update, param)
 
     def update(updates: optax.Updates, params: Any) -> optax.Updates:
         if params is None:
             raise ValueError("trust ratios need the parameters: update(updates, state, params)")
-        pairs = jax.tree.map(lambda u, w: (u, w), updates, params)
-        resolved = resolve_dimension_numbers(numbers, updates)
-        return map_static(at_leaf, resolved, pairs, is_leaf=is_dimension_numbers)
+        leaves, treedef = jax.tree.flatten(updates)
+        resolved = dimension_numbers(numbers, updates)
+        return jax.tree.unflatten(treedef, map(at_leaf, resolved, leaves, jax.tree.leaves(params)))
 
     return optax.stateless(update)
 
@@ -326,13 +324,11 @@ def _with_functions_in_units_of_gradients(
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        def at_leaf(shape: Any, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            p, q = pair
+        def at_leaf(shape: Any, p: jax.Array, q: jax.Array) -> jax.Array:
             return p + rule.gradient_scale(shape) * (q - p)
 
         def rescaled(function: Any) -> Any:
-            pairs = lambda q: jax.tree.map(lambda p, q: (p, q), params, q)
-            return lambda q: function(map_shapes(at_leaf, shapes, pairs(q)))
+            return lambda q: function(map_shapes(at_leaf, shapes, params, q))
 
         for name in ("obj_fn", "logits_fn"):
             if extra_args.get(name) is not None:

@@ -19,9 +19,8 @@ from mup_jax.transforms.linalg import matmul
 from mup_jax.transforms.matrices import (
     PyTree,
     WeightDimensionNumbers,
-    is_dimension_numbers,
+    dimension_numbers,
     matrix_layout,
-    resolve_dimension_numbers,
 )
 
 # init(seed) -> params, optimizer, loss_fn(params, batch), activations_fn(params, batch)
@@ -298,9 +297,7 @@ def _of_activations(now: Any, before: Any, start: Any) -> dict[str, dict[str, ja
 def _of_updates(
     updates: PyTree, gradient: PyTree, numbers: WeightDimensionNumbers
 ) -> dict[str, dict[str, jax.Array]]:
-    layouts = jax.tree.leaves(
-        resolve_dimension_numbers(numbers, updates), is_leaf=is_dimension_numbers
-    )
+    layouts = dimension_numbers(numbers, updates)
     leaves = jax.tree.leaves_with_path(updates)
     measured = {}
     for (path, u), g, number in zip(leaves, jax.tree.leaves(gradient), layouts, strict=True):

@@ -1,6 +1,7 @@
 """µP as a wrapper around any transformation, and independent weight decay."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -104,8 +105,7 @@ def add_independent_weight_decay(
     if scaling == "none":
         return optax.identity()
 
-    def decay(shape: ParamShape | None, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        u, w = pair
+    def decay(shape: ParamShape | None, u: jax.Array, w: jax.Array) -> jax.Array:
         if mask is None and (w.ndim < 2 or (shape is not None and shape.role == "vector")):
             return u
         factor = 1.0 if shape is None else weight_decay_factor(shape, scaling)
@@ -114,12 +114,9 @@ def add_independent_weight_decay(
     def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("weight decay needs the parameters: update(updates, state, params)")
-        pairs = jax.tree.map(lambda u, w: (u, w), updates, params)
         if shapes is None:
-            decayed = jax.tree.map(lambda u, pair: decay(None, pair), updates, pairs)
-        else:
-            decayed = map_shapes(decay, shapes, pairs)
-        return decayed, state
+            return jax.tree.map(partial(decay, None), updates, params), state
+        return map_shapes(decay, shapes, updates, params), state
 
     transformation = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
     return transformation if mask is None else optax.masked(transformation, mask)

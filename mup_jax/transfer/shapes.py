@@ -5,14 +5,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax
+from optax.contrib import MuonDimensionNumbers
 
 from mup_jax.transforms.matrices import (
     MatrixLayout,
     PyTree,
     WeightDimensionNumbers,
+    beside,
+    check_array,
+    dimension_numbers,
+    leaf_name,
     map_static,
     matrix_layout,
-    resolve_dimension_numbers,
+    resolve,
 )
 
 Role = Literal["embedding", "hidden", "readout", "vector"]
@@ -60,14 +65,14 @@ def is_shape(value: Any) -> bool:
     return isinstance(value, ParamShape)
 
 
-def map_shapes(function: Callable, shapes: PyTree, tree: PyTree) -> PyTree:
-    """`function(shape, leaf)` over a tree of ParamShape beside a tree that a mask may have cut.
+def map_shapes(function: Callable, shapes: PyTree, tree: PyTree, *rest: PyTree) -> PyTree:
+    """`function(shape, leaf, ...)` over trees of arrays, of which a mask may have removed some.
 
     Raises:
-      ValueError: the trees have different structures.
+      ValueError: there is no shape for a leaf.
     """
     try:
-        return map_static(function, shapes, tree, is_leaf=is_shape)
+        return map_static(function, shapes, tree, *rest, is_leaf=is_shape)
     except ValueError as error:
         raise ValueError(
             "the tree of shapes does not have the structure of the parameters: pass the same "
@@ -75,11 +80,39 @@ def map_shapes(function: Callable, shapes: PyTree, tree: PyTree) -> PyTree:
         ) from error
 
 
-def _infer_role(here: MatrixLayout, there: MatrixLayout) -> Role:
+# Fan-in and fan-out of a hidden matrix grow alike, but for rounding to multiples; what differs by
+# more has another reason.
+_MOST_UNEVEN = 1.25
+
+
+def _infer_role(path: str, here: MatrixLayout, there: MatrixLayout) -> Role:
     in_grows, out_grows = here.d_in != there.d_in, here.d_out != there.d_out
+    uneven = (here.d_in * there.d_out) / (here.d_out * there.d_in)
+    if in_grows and out_grows and max(uneven, 1 / uneven) > _MOST_UNEVEN:
+        raise ValueError(
+            f"{path} is {there.d_in}×{there.d_out} in the base and {here.d_in}×{here.d_out} here, "
+            "which is not one width: give the base model the same vocabulary, inputs and outputs, "
+            "or say with roles= what this matrix is"
+        )
     if in_grows == out_grows or here.stack_axes:
         return "hidden"
     return "embedding" if out_grows else "readout"
+
+
+def _of_vector(
+    path: str, base: tuple[int, ...], here: tuple[int, ...], depth_ratio: float
+) -> tuple[int, int]:
+    """The width of a vector, or of a stack of them, here and in the base: the axis that differs."""
+    axes = [axis for axis, (a, b) in enumerate(zip(here, base, strict=True)) if a != b]
+    # Layers may differ too; then they do by the depth.
+    of_width = [axis for axis in axes if here[axis] != depth_ratio * base[axis]]
+    if len(of_width) > 1:
+        raise ValueError(
+            f"{path} is a vector of shape {base} in the base and {here} here: which axis is its "
+            "width? Only that one may differ, and that of layers by depth_ratio"
+        )
+    axis = (of_width or axes or [-1])[-1]
+    return (int(here[axis]), int(base[axis])) if here else (1, 1)
 
 
 def infer_shapes(
@@ -100,7 +133,8 @@ def infer_shapes(
 
     - a projection to a fixed number of key and value heads, in layers that are not stacked, looks
       like a readout and is hidden;
-    - stacked vectors `(layers, width)` look like matrices and are vectors;
+    - stacked vectors `(layers, width)` look like matrices and are vectors (of their axes the one
+      that differs from the base is the width);
     - a stack of embeddings or of readouts looks hidden.
 
     A function can go by the names of the parameters, and leave the others to be inferred:
@@ -132,16 +166,10 @@ def infer_shapes(
       A tree of ParamShape with the structure of `params`.
 
     Raises:
-      ValueError: structures or ranks differ, no dimension differs and the role of a matrix is to be
-        inferred, or an option is out of range.
+      ValueError: a parameter is missing in one of the models, is no real array or has another rank;
+        nothing tells what a matrix is or which axis of a vector is its width; or an option is out
+        of range.
     """
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (base_params, params)]
-    if structures[0] != structures[1]:
-        raise ValueError(
-            "base_params and params have different structures: build both with the same code and "
-            "only other widths, and with as many layers where these are not stacked; got "
-            f"{structures[0]} and {structures[1]}"
-        )
     if depth_ratio <= 0:
         raise ValueError(f"depth_ratio={depth_ratio}: give layers / base layers, above 0")
     if not 0.5 <= residual_exponent <= 1:
@@ -149,34 +177,60 @@ def infer_shapes(
             f"residual_exponent={residual_exponent}: give the α of the model's residual multiplier "
             "depth_ratio^(-α), from 0.5 to 1; without a multiplier no rule holds over depths"
         )
-    if callable(roles):
-        roles = roles(params)
-    given_roles = jax.tree.map(lambda _: None, params) if roles is None else roles
-    paths = jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
-    numbers = resolve_dimension_numbers(weight_dimension_numbers, params)
-    inferred = []
-
-    def shape_of(path: str, base: Any, leaf: Any, role: Any, number: Any) -> ParamShape:
-        if len(base.shape) != len(leaf.shape):
-            raise ValueError(f"{path} has shape {base.shape} in the base and {leaf.shape} here")
-        if role is not None and role not in ROLES:
-            raise ValueError(f"role {role!r} of {path}: choose one of {', '.join(ROLES)}")
-        depth = (depth_ratio, residual_exponent)
-        if len(leaf.shape) < 2 or role == "vector":
-            size, base_size = (int(x.shape[-1]) if x.shape else 1 for x in (leaf, base))
-            return ParamShape("vector", 1, size, 1, base_size, *depth)
-        here, there = (matrix_layout(tuple(x.shape), number, path) for x in (leaf, base))
-        if role is None:
-            role = _infer_role(here, there)
-            inferred.append(path)
-        of_blocks = depth if role == "hidden" else ()
-        return ParamShape(role, here.d_in, here.d_out, there.d_in, there.d_out, *of_blocks)
-
-    shapes = jax.tree.map(shape_of, paths, base_params, params, given_roles, numbers)
-    if (roles is None or inferred) and all(s.width_ratio == 1 for s in jax.tree.leaves(shapes)):
+    paths = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    leaves, treedef = jax.tree.flatten(params)
+    for path, leaf in zip(paths, leaves, strict=True):
+        check_array(path, leaf)
+    numbers = dimension_numbers(weight_dimension_numbers, params)
+    given_roles = resolve(roles, params, lambda x: x is None or isinstance(x, str))
+    rows = zip(paths, _base_leaves(base_params, params), leaves, given_roles, numbers, strict=True)
+    depth = (depth_ratio, residual_exponent)
+    shapes = [_shape_of(*row, depth) for row in rows]
+    inferred = any(
+        role is None and shape.role != "vector"
+        for role, shape in zip(given_roles, shapes, strict=True)
+    )
+    if (roles is None or inferred) and all(shape.width_ratio == 1 for shape in shapes):
         raise ValueError(
             "no dimension of params differs from base_params, so nothing tells an embedding from a "
             "hidden matrix: pass the tuned base model's shapes; for the base model itself, or a "
             "model that is only deeper, say with roles= what each matrix is"
         )
-    return shapes
+    return jax.tree.unflatten(treedef, shapes)
+
+
+def _base_leaves(base_params: PyTree, params: PyTree) -> list[Any]:
+    """Those of the base model, in the order of the leaves of `params`."""
+    same = "build both with the same code and only other widths"
+    if len(jax.tree.leaves(base_params)) > len(jax.tree.leaves(params)):
+        base_params, params, whose = params, base_params, "params"
+    else:
+        whose = "base_params"
+    try:
+        return beside(base_params, params)
+    except ValueError as error:
+        raise ValueError(
+            f"base_params and params have different parameters: {same}, and with as many layers "
+            f"where these are not stacked; {whose} has {error}"
+        ) from error
+
+
+def _shape_of(
+    path: str,
+    base: Any,
+    leaf: Any,
+    role: Any,
+    number: MuonDimensionNumbers | None,
+    depth: tuple[float, float],
+) -> ParamShape:
+    if len(base.shape) != len(leaf.shape):
+        raise ValueError(f"{path} has shape {base.shape} in the base and {leaf.shape} here")
+    if role is not None and role not in ROLES:
+        raise ValueError(f"role {role!r} of {path}: choose one of {', '.join(ROLES)}")
+    if len(leaf.shape) < 2 or role == "vector":
+        size, base_size = _of_vector(path, base.shape, leaf.shape, depth[0])
+        return ParamShape("vector", 1, size, 1, base_size, *depth)
+    here, there = (matrix_layout(tuple(x.shape), number, path) for x in (leaf, base))
+    role = _infer_role(path, here, there) if role is None else role
+    of_blocks = depth if role == "hidden" else ()
+    return ParamShape(role, here.d_in, here.d_out, there.d_in, there.d_out, *of_blocks)

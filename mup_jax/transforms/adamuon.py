@@ -9,6 +9,7 @@ import optax
 from mup_jax.transforms.linalg import Orthogonalizer
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.muon import ScaleByMuonState, scale_by_muon
+from mup_jax.transforms.statistics import missing
 
 
 class ScaleByAdaMuonState(NamedTuple):
@@ -83,7 +84,7 @@ def scale_by_adamuon(
         scaled = jax.tree.map(
             lambda o, v, g: (o / (jnp.sqrt(v) + eps)).astype(g.dtype),
             directions,
-            optax.tree.bias_correction(nu, b2, count),
+            jax.tree.map(lambda v: v / missing(b2, count), nu),
             updates,
         )
         return scaled, ScaleByAdaMuonState(count, muon_state, nu)

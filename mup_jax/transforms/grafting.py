@@ -8,10 +8,10 @@ import optax
 
 from mup_jax.transforms.matrices import (
     WeightDimensionNumbers,
-    is_dimension_numbers,
-    map_static,
+    check_array,
+    dimension_numbers,
+    leaf_name,
     matrix_layout,
-    resolve_dimension_numbers,
 )
 
 
@@ -76,24 +76,22 @@ def graft(
     def update(
         updates: optax.Updates, state: GraftState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, GraftState]:
-        numbers = resolve_dimension_numbers(weight_dimension_numbers, updates)
-        finite = map_static(_zero_unless_finite, numbers, updates, is_leaf=is_dimension_numbers)
+        for path, leaf in jax.tree.leaves_with_path(updates):
+            check_array(leaf_name(path), leaf)
+        numbers = dimension_numbers(weight_dimension_numbers, updates)
+        leaves, treedef = jax.tree.flatten(updates)
+        finite = jax.tree.unflatten(treedef, map(_zero_unless_finite, numbers, leaves))
         sizes, magnitude_state = magnitude.update(finite, state.magnitude, params, **extra_args)
         directions, direction_state = direction.update(
             updates, state.direction, params, **extra_args
         )
 
-        def rescale(numbers: Any, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            size, length = (jnp.sqrt(_squared_norm(numbers, x)) for x in pair)
-            ratio = jnp.where(length > 0, size / (length + eps), 0.0)
-            return (pair[1].astype(jnp.float32) * ratio).astype(pair[1].dtype)
+        def rescale(numbers: Any, size: jax.Array, along: jax.Array) -> jax.Array:
+            wanted, length = (jnp.sqrt(_squared_norm(numbers, x)) for x in (size, along))
+            ratio = jnp.where(length > 0, wanted / (length + eps), 0.0)
+            return (along.astype(jnp.float32) * ratio).astype(along.dtype)
 
-        grafted = map_static(
-            rescale,
-            numbers,
-            jax.tree.map(lambda size, along: (size, along), sizes, directions),
-            is_leaf=is_dimension_numbers,
-        )
-        return grafted, GraftState(magnitude_state, direction_state)
+        grafted = map(rescale, numbers, jax.tree.leaves(sizes), jax.tree.leaves(directions))
+        return jax.tree.unflatten(treedef, grafted), GraftState(magnitude_state, direction_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

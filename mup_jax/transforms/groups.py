@@ -7,6 +7,7 @@ see `mup_jax.transforms.division`.
 """
 
 import collections
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -52,6 +53,19 @@ class _Mesh:
         shardings = [getattr(jax.typeof(leaf), "sharding", None) for leaf in leaves]
         meshes = [jax.sharding.get_abstract_mesh(), *(s.mesh for s in shardings if s is not None)]
         return cls(next((mesh for mesh in meshes if not mesh.empty), meshes[0]))
+
+    def entered(self, leaves: list[Any]) -> contextlib.AbstractContextManager | None:
+        """A context in which arrays that depend on no other can be made on the devices of the mesh.
+
+        None where it is known from the types of traced leaves alone, which name no devices.
+        """
+        if not self.types or not jax.sharding.get_abstract_mesh().empty:
+            return contextlib.nullcontext()
+        arrays = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
+        shardings = [getattr(array, "sharding", None) for array in arrays]
+        meshes = (s.mesh for s in shardings if isinstance(s, jax.NamedSharding))
+        of_devices = next((mesh for mesh in meshes if not mesh.empty), None)
+        return None if of_devices is None else jax.set_mesh(of_devices)
 
     @cached_property
     def types(self) -> dict[str, AxisType]:
@@ -214,9 +228,9 @@ class MatrixGroups:
     def __init__(
         self, tree: PyTree, numbers: WeightDimensionNumbers, blocking: Blocking = WHOLE
     ) -> None:
-        leaves, self._treedef = jax.tree.flatten(tree)
-        is_layout = lambda x: isinstance(x, MatrixLayout)
-        layouts = jax.tree.leaves(matrix_layouts(tree, numbers), is_leaf=is_layout)
+        self._leaves, self._treedef = jax.tree.flatten(tree)
+        leaves = self._leaves
+        layouts = matrix_layouts(tree, numbers)
         members: dict[str, list[int]] = {}
         for i, layout in enumerate(layouts):
             members.setdefault("x".join(map(str, layout.matrix_shape)), []).append(i)
@@ -254,9 +268,14 @@ class MatrixGroups:
 
     def zeros(self, state: State) -> State:
         """A state of zeros, stored as `run` wants it, from an abstract one."""
+        devices = self._mesh.entered(self._leaves)
+        if devices is None:
+            # The first update divides it.
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
         specs = self._map_state(lambda division, x: division.spec(x.shape), state)
         part = lambda division, x: jnp.zeros(division.stored_shape(x.shape), x.dtype)
-        return self._mesh.shard(lambda: self._map_state(part, state), (), specs)()
+        with devices:
+            return self._mesh.shard(lambda: self._map_state(part, state), (), specs)()
 
     def run(
         self,

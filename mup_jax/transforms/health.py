@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.linalg import FLOOR, ROUNDING, matmul
+from mup_jax.transforms.linalg import FLOOR, ROUNDING, identity, matmul
 from mup_jax.transforms.shampoo import ScaleByShampooState
 from mup_jax.transforms.soap import ScaleBySoapState
 from mup_jax.transforms.statistics import unpack
@@ -67,14 +67,14 @@ def _of_root(statistic: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Arra
     scale = _norm(root) * _norm(statistic)
     staleness = _norm(product - product.mT) / jnp.maximum(scale, ROUNDING)
     largest = _at_top(root, root)
-    mirrored = 2 * largest[..., None, None] * jnp.eye(root.shape[-1]) - root
+    mirrored = 2 * largest[..., None, None] * identity(root.ndim, root.shape[-1]) - root
     return _ratio(largest, _at_top(mirrored, root)), staleness
 
 
 def _of_basis(statistic: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     basis = basis.astype(jnp.float32)
     rotated = matmul(basis.mT, matmul(_scaled(unpack(statistic)), basis))
-    staleness = _norm(rotated * (1 - jnp.eye(rotated.shape[-1])))
+    staleness = _norm(rotated * (1 - identity(rotated.ndim, rotated.shape[-1])))
     diagonal = jnp.diagonal(rotated, axis1=-2, axis2=-1)
     condition = _ratio(jnp.max(diagonal, axis=-1), jnp.min(diagonal, axis=-1))
     return condition, staleness / jnp.maximum(_norm(rotated), ROUNDING)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mup_jax.transforms.accounting import counted
-from mup_jax.transforms.platforms import FLOOR, ROUNDING, factorize, matmul
+from mup_jax.transforms.platforms import FLOOR, ROUNDING, factorize, identity, matmul
 
 # Newton's iteration multiplies the smallest eigenvalue, at least ROUNDING, by 2 to e a step: 24
 # steps for p = 1, 18 for p = 4.
@@ -73,7 +73,7 @@ def jacobi(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     n = max(4, d + d % 2)
     scale = jnp.maximum(_largest_entry(x), FLOOR)
     x = jnp.pad(x / scale, [(0, 0)] * (x.ndim - 2) + [(0, n - d)] * 2)
-    identity = jnp.eye(n)
+    one = identity(x.ndim, n)
 
     def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
         top, bottom = jnp.split(x, 2, axis=-2)
@@ -98,15 +98,15 @@ def jacobi(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     def measure(rows: jax.Array) -> State:
         rotated = matmul(matmul(rows, x), rows.mT)
         norm = functools.partial(jnp.linalg.norm, axis=(-2, -1))
-        return norm(rotated * (1 - identity)) / norm(rotated), rotated, rows
+        return norm(rotated * (1 - one)) / norm(rotated), rotated, rows
 
     def sweep(rotated: jax.Array, rows: jax.Array) -> State:
         _, rows = jax.lax.fori_loop(0, n - 1, play_round, (rotated, rows))
         # Undoes the rounding of n rotations: a Newton-Schulz step towards orthogonal rows.
-        rows = matmul(1.5 * identity - 0.5 * matmul(rows, rows.mT), rows)
+        rows = matmul(1.5 * one - 0.5 * matmul(rows, rows.mT), rows)
         return measure(rows)
 
-    first = measure(jnp.zeros_like(x) + identity)
+    first = measure(jnp.zeros_like(x) + one)
     _, rotated, rows = _repeat(
         sweep, first, _JACOBI_SWEEPS, _JACOBI_DONE * n**0.5, usual=_JACOBI_USUAL
     )
@@ -151,21 +151,21 @@ def newton_root(x: jax.Array, p: int, ridge: Callable[[jax.Array], jax.Array]) -
     x = x / unit
     largest = _largest_eigenvalue(x)
     shift = ridge(largest * unit) / unit
-    identity = jnp.eye(x.shape[-1])
+    one = identity(x.ndim, x.shape[-1])
     # The iteration converges for eigenvalues of M between 0 and p + 1, best for at most this.
     scale = (p + 1) / (2 * (largest + shift))
-    m = scale * (x + shift * identity)
-    root = scale ** (1 / p) * (jnp.zeros_like(x) + identity)
+    m = scale * (x + shift * one)
+    root = scale ** (1 / p) * (jnp.zeros_like(x) + one)
 
     def step(m: jax.Array, root: jax.Array) -> State:
         # What has converged would gather rounding while it waits for others.
-        active = _largest_entry(m - identity) > _NEWTON_DONE
-        t = identity + (identity - m) / p
+        active = _largest_entry(m - one) > _NEWTON_DONE
+        t = one + (one - m) / p
         m = jnp.where(active, matmul(_power(t, p), m), m)
         root = jnp.where(active, matmul(root, t), root)
-        return _largest_entry(m - identity), m, root
+        return _largest_entry(m - one), m, root
 
-    first = (_largest_entry(m - identity), m, root)
+    first = (_largest_entry(m - one), m, root)
     error, _, root = _repeat(step, first, _NEWTON_STEPS, _NEWTON_DONE, usual=_NEWTON_USUAL)
     # The other half of rounding is antisymmetric, and large where eigenvalues are small.
     root = (root + root.mT) / 2
@@ -179,7 +179,7 @@ def cholesky_qr(x: jax.Array) -> jax.Array:
     any x; every pass divides the condition by the root of the jitter, until it is 1. T. Fukaya et
     al. 2020, "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
     """
-    identity = jnp.eye(x.shape[-1])
+    one = identity(x.ndim, x.shape[-1])
 
     def unit_columns(x: jax.Array) -> jax.Array:
         return x / jnp.linalg.norm(x, axis=-2, keepdims=True)
@@ -191,8 +191,8 @@ def cholesky_qr(x: jax.Array) -> jax.Array:
     def one_pass(x: jax.Array) -> State:
         gram = matmul(x.mT, x)
         jitter = ROUNDING * jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True)
-        q = unit_columns(factorize(divide, gram + jitter * identity, x))
-        return _largest_entry(gram - identity), q
+        q = unit_columns(factorize(divide, gram + jitter * one, x))
+        return _largest_entry(gram - one), q
 
     first = (jnp.full_like(x[..., :1, :1], jnp.inf), unit_columns(x))
     error, q = _repeat(one_pass, first, _CHOLESKY_PASSES, _CHOLESKY_DONE, usual=_CHOLESKY_USUAL)

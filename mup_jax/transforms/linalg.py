@@ -24,6 +24,7 @@ from mup_jax.transforms.platforms import (
     ROUNDING,
     by_platform,
     factorize,
+    identity,
     matmul,
     use_paths_of,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "batch_by_shape",
     "check_orthogonalizer",
     "eigenbasis",
+    "identity",
     "inverse_root",
     "matmul",
     "orthogonalize",

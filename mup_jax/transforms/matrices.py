@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 from optax.contrib import MuonDimensionNumbers
 
 PyTree: TypeAlias = Any
@@ -22,30 +21,80 @@ _PARTITION_HINT = (
 )
 
 
-def map_static(function: Callable, static: PyTree, tree: PyTree, is_leaf: Callable) -> PyTree:
-    """Maps over `tree` beside a tree of static values of the same structure.
+def _names(path: Any) -> tuple[str, ...]:
+    """The names on the path of a leaf, but for that of a box around it, as `nnx.Param` is."""
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value"
+    return tuple(names[:-1] if boxed else names)
 
-    Subtrees that a mask removed (`optax.MaskedNode`, or None) are passed through.
+
+def leaf_name(path: Any) -> str:
+    """How messages call the leaf at a path."""
+    return jax.tree_util.keystr(path) or "the leaf"
+
+
+def beside(static: PyTree, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """The value that a static tree has for each leaf of `tree`, in the order of these leaves.
+
+    They are found by the names on their paths, so that trees may be of different types: a dict and
+    a FrozenDict, modules that keep their sizes in their structure, leaves in a box of their
+    framework and bare ones. What a mask has removed from `tree` is passed over.
+
+    Args:
+      static: of any values.
+      tree: of arrays.
+      is_leaf: of `static`.
+
+    Raises:
+      ValueError: `static` has no value for a leaf.
     """
+    values = {_names(k): v for k, v in jax.tree.leaves_with_path(static, is_leaf=is_leaf)}
+    found = []
+    for path, _ in jax.tree.leaves_with_path(tree):
+        if _names(path) not in values:
+            known = ", ".join("/".join(names) for names in values) or "no leaf"
+            raise ValueError(f"nothing for {leaf_name(path)}, only for {known}")
+        found.append(values[_names(path)])
+    return found
 
-    def at_leaf(value: Any, leaf: Any) -> Any:
-        masked = leaf is None or isinstance(leaf, optax.MaskedNode)
-        return leaf if masked else function(value, leaf)
 
-    return jax.tree.map(at_leaf, static, tree, is_leaf=is_leaf)
+def map_static(
+    function: Callable, static: PyTree, tree: PyTree, *rest: PyTree, is_leaf: Callable
+) -> PyTree:
+    """`function(value, leaf, ...)` over trees of arrays, beside a static tree; see `beside`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    columns = [beside(static, tree, is_leaf), leaves, *map(jax.tree.leaves, rest)]
+    return jax.tree.unflatten(treedef, [function(*row) for row in zip(*columns, strict=True)])
+
+
+def resolve(given: Any, tree: PyTree, is_value: Callable[[Any], bool]) -> list[Any]:
+    """A static value for each leaf of `tree`, in their order.
+
+    Args:
+      given: one value for all leaves, a tree of values, or a function of `tree` that returns one of
+        these. A module may be a tree of values and callable; then it is not called.
+      tree: of arrays.
+      is_value: whether something is such a value.
+
+    Raises:
+      ValueError: `given` has no value for a leaf.
+    """
+    if callable(given) and not any(map(is_value, jax.tree.leaves(given, is_leaf=is_value))):
+        given = given(tree)
+    if is_value(given):
+        return [given] * len(jax.tree.leaves(tree))
+    return beside(given, tree, is_value)
 
 
 def is_dimension_numbers(value: Any) -> bool:
     return value is None or isinstance(value, MuonDimensionNumbers)
 
 
-def resolve_dimension_numbers(numbers: WeightDimensionNumbers, tree: PyTree) -> PyTree:
-    """A tree like `tree` with a MuonDimensionNumbers, or None for the default, at each leaf."""
-    if callable(numbers):
-        numbers = numbers(tree)
-    if is_dimension_numbers(numbers):
-        return jax.tree.map(lambda _: numbers, tree)
-    return map_static(lambda n, _: n, numbers, tree, is_leaf=is_dimension_numbers)
+def dimension_numbers(
+    numbers: WeightDimensionNumbers, tree: PyTree
+) -> list[MuonDimensionNumbers | None]:
+    """Those of each leaf of `tree`, in their order; None for the default."""
+    return resolve(numbers, tree, is_dimension_numbers)
 
 
 @dataclass(frozen=True)
@@ -129,15 +178,40 @@ def matrix_layout(
     return MatrixLayout(shape, stack_axes, in_axes, out_axes)
 
 
-def matrix_layouts(tree: PyTree, numbers: WeightDimensionNumbers) -> PyTree:
-    """The MatrixLayout of every leaf of `tree`, as a tree of the same structure."""
-    numbers = resolve_dimension_numbers(numbers, tree)
-    named = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (jax.tree_util.keystr(path) or "the leaf", leaf.shape), tree
-    )
-    return map_static(
-        lambda n, leaf: matrix_layout(leaf[1], n, leaf[0]),
-        numbers,
-        named,
-        is_leaf=is_dimension_numbers,
-    )
+def check_array(name: str, leaf: Any) -> None:
+    """Refuses what is in a tree of parameters by mistake.
+
+    Raises:
+      ValueError: the leaf is no array, or one of complex numbers.
+    """
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise ValueError(
+            f"{name} is {type(leaf).__name__} and no array: give the arrays of the model alone, "
+            "for example eqx.filter(model, eqx.is_array) or nnx.state(model, nnx.Param)"
+        )
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"{name} is complex, and directions of complex matrices are not defined here: keep its "
+            "real and imaginary part as two leaves, or give it to another transformation with "
+            "optax.partition"
+        )
+
+
+def matrix_layouts(tree: PyTree, numbers: WeightDimensionNumbers) -> list[MatrixLayout]:
+    """The layout of every leaf of `tree`, in the order of its leaves.
+
+    Raises:
+      ValueError: a leaf is not a real matrix, or has None in a tree of dimension numbers.
+    """
+    layouts = []
+    given = dimension_numbers(numbers, tree)
+    for (path, leaf), number in zip(jax.tree.leaves_with_path(tree), given, strict=True):
+        name = leaf_name(path)
+        check_array(name, leaf)
+        if number is None and numbers is not None:
+            raise ValueError(
+                f"weight_dimension_numbers has None for {name}, which says that it is not a matrix:"
+                f" say MuonDimensionNumbers(0, 1) if it is, or {_PARTITION_HINT}"
+            )
+        layouts.append(matrix_layout(tuple(leaf.shape), number, name))
+    return layouts

@@ -7,7 +7,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from mup_jax.transforms.platforms import FLOOR, ROUNDING, by_platform, factorize, matmul
+from mup_jax.transforms.platforms import (
+    FLOOR,
+    ROUNDING,
+    by_platform,
+    factorize,
+    identity,
+    matmul,
+)
 
 Orthogonalizer = Literal["tuned", "polar_express", "newton_schulz", "svd"]
 Quintic = tuple[float, float, float]
@@ -122,11 +129,11 @@ def _iterate_gram(coefficients: list[Quintic], x: jax.Array) -> jax.Array:
     bfloat16's products that would be after one step, so they are of full precision. J. Zhang, N.
     Amsel, B. Chen, T. Dao 2026, "Gram Newton-Schulz".
     """
-    identity = jnp.eye(x.shape[-2])
+    one = identity(x.ndim, x.shape[-2])
 
     def polynomial(abc: Quintic, gram: jax.Array) -> jax.Array:
         a, b, c = abc
-        return a * identity + b * gram + c * matmul(gram, gram)
+        return a * one + b * gram + c * matmul(gram, gram)
 
     runs: list[list[Quintic]] = []
     growth = math.inf
@@ -151,7 +158,7 @@ def _by_svd(x: jax.Array) -> jax.Array:
     u, s, vt = factorize(functools.partial(jnp.linalg.svd, full_matrices=False), x)
     # Noise would come out as large as the rest.
     nonzero = (s > ROUNDING * s[..., :1]) & (s > FLOOR)
-    return matmul(u * nonzero[..., None, :], vt)
+    return matmul(jnp.where(nonzero[..., None, :], u, 0.0), vt)
 
 
 def orthogonalize(

@@ -17,6 +17,14 @@ FLOOR = 1e-30
 # And so is what is smaller than this times the largest value of its matrix.
 ROUNDING = 1e-6
 
+
+def identity(ndim: int, m: int, n: int | None = None) -> jax.Array:
+    """The `(m, n)` identity, square without n, with as many axes of length 1 before as arrays of
+    `ndim` axes need: it multiplies them under any setting of rank and dtype promotion.
+    """
+    return jnp.eye(m, n, dtype=jnp.float32)[(None,) * (ndim - 2)]
+
+
 # `with use_paths_of("tpu"):` sends what is traced inside along the path of "cpu", "gpu" or "tpu" on
 # any device, so that tests can run them all. jit traces anew where the value changes.
 use_paths_of = jax.make_user_context(None)

@@ -17,6 +17,7 @@ from mup_jax.transforms.statistics import (
     abstract_factors,
     ema,
     is_alive,
+    missing,
     multiply_sides,
     pack,
     unpack,
@@ -117,7 +118,7 @@ def scale_by_shampoo(
             gradients: Groups, healthy: Groups, state: State, steps_before: jax.Array
         ) -> tuple[Groups, State]:
             count = steps_before + 1
-            correction = 1 - b2**count
+            correction = missing(b2, count)
             mu: Groups = {}
             statistics: Factors = {}
             turns: Groups = {}
@@ -168,7 +169,7 @@ def scale_by_shampoo(
                     for pair, block in zip(roots[key], blocking.split(momentum, cut), strict=True)
                 ]
                 merged = blocking.merge(pieces, momentum.shape, cut)
-                directions[key] = merged / (1 - b1**count)
+                directions[key] = merged / missing(b1, count)
             return directions, {"mu": mu, "statistics": statistics, "roots": roots}
 
         directions, new, skipped = groups.run(

@@ -15,6 +15,7 @@ from mup_jax.transforms.linalg import (
     ROUNDING,
     batch_by_shape,
     eigenbasis,
+    identity,
     matmul,
     refine_eigenbasis,
 )
@@ -26,6 +27,7 @@ from mup_jax.transforms.statistics import (
     abstract_factors,
     ema,
     is_alive,
+    missing,
     multiply_sides,
     unpack,
     update_factors,
@@ -88,7 +90,7 @@ def _rotate(basis: Pair, block: jax.Array, first: jax.Array) -> jax.Array:
     rotated = multiply_sides(basis, block)
     if any(q is None for q in basis):
         return rotated
-    return jnp.where(first, rotated * jnp.eye(rotated.shape[-2], rotated.shape[-1]), rotated)
+    return jnp.where(first, rotated * identity(rotated.ndim, *rotated.shape[-2:]), rotated)
 
 
 def scale_by_soap(
@@ -209,7 +211,7 @@ def scale_by_soap(
                 first_steps=exact_steps,
             )
             count = steps_before + 1
-            correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+            correction = jnp.sqrt(missing(b2, count)) / missing(b1, count)
             nu: Groups = {}
             directions: Groups = {}
             for key, gradient in gradients.items():

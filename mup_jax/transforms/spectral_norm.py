@@ -14,7 +14,6 @@ import optax
 
 from mup_jax.transforms.matrices import (
     MatrixLayout,
-    PyTree,
     WeightDimensionNumbers,
     matrix_layouts,
 )
@@ -32,11 +31,6 @@ class NormalizeRmsState(NamedTuple):
     """State of `normalize_rms`."""
 
     nonfinite: jax.Array  # int32: matrices of updates zeroed so far
-
-
-def _layouts(tree: PyTree, numbers: WeightDimensionNumbers) -> list[MatrixLayout]:
-    layouts = matrix_layouts(tree, numbers)
-    return jax.tree.leaves(layouts, is_leaf=lambda x: isinstance(x, MatrixLayout))
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -100,12 +94,12 @@ def normalize_spectral_norm(
         zero = jnp.sum(jnp.zeros_like(leaf, jnp.float32), layout.out_axes, keepdims=True)
         # One vector for all matrices of a stack: a stack is its matrices one by one.
         shape = [d if a in layout.in_axes else 1 for a, d in enumerate(zero.shape)]
-        v = zero + jax.random.normal(jax.random.key(0), shape)
+        v = zero + jax.random.normal(jax.random.key(0), shape, jnp.float32)
         return v / _norm(v, layout.in_axes)
 
     def init(params: optax.Params) -> NormalizeSpectralNormState:
         leaves, treedef = jax.tree.flatten(params)
-        layouts = _layouts(params, weight_dimension_numbers)
+        layouts = matrix_layouts(params, weight_dimension_numbers)
         vectors = [initial_vector(*pair) for pair in zip(layouts, leaves, strict=True)]
         return NormalizeSpectralNormState(
             count=jnp.zeros((), jnp.int32),
@@ -142,7 +136,7 @@ def normalize_spectral_norm(
         leaves, treedef = jax.tree.flatten(updates)
         normalized, vectors, skipped = [], [], state.nonfinite
         for layout, u, v in zip(
-            _layouts(updates, weight_dimension_numbers),
+            matrix_layouts(updates, weight_dimension_numbers),
             leaves,
             jax.tree.leaves(state.vectors),
             strict=True,
@@ -190,7 +184,7 @@ def normalize_rms(
         del params
         leaves, treedef = jax.tree.flatten(updates)
         normalized, skipped = [], state.nonfinite
-        layouts = _layouts(updates, weight_dimension_numbers)
+        layouts = matrix_layouts(updates, weight_dimension_numbers)
         for layout, u in zip(layouts, leaves, strict=True):
             x, nonfinite = _in_range(layout, u)
             length = _norm(x, layout.in_axes + layout.out_axes)

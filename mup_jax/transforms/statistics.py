@@ -21,6 +21,11 @@ def ema(old: jax.Array, new: jax.Array, decay: float, healthy: jax.Array) -> jax
     return jnp.where(healthy, decay * old + (1 - decay) * new, old)
 
 
+def missing(decay: float | jax.Array, count: jax.Array) -> jax.Array:
+    """1 - decay^count: what an average that began at zero lacks after so many steps."""
+    return 1 - decay ** count.astype(jnp.float32)
+
+
 def pack(x: jax.Array) -> jax.Array:
     """Half of a symmetric matrix: `(..., d, d)` -> `(..., d + 1, d / 2)`, for odd d `(d + 1) / 2`.
 

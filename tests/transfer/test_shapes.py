@@ -235,14 +235,18 @@ def test_depth_alone_does_not_tell_roles(layers):
 @pytest.mark.parametrize(
     ("base", "target", "options", "message"),
     [
-        ({"a": (2, 4)}, {"b": (2, 8)}, {}, "different structures"),
-        ({}, {"a": (2, 8)}, {}, "different structures"),
+        ({"a": (2, 4)}, {"b": (2, 8)}, {}, r"different parameters.*\['b'\], only for a"),
+        ({"a": (2, 4), "b": (2, 4)}, {"a": (2, 8)}, {}, r"params has nothing for \['b'\]"),
+        ({}, {"a": (2, 8)}, {}, "different parameters.*no leaf"),
         ({"a": (2, 4)}, {"a": (2, 8, 8)}, {}, r"\['a'\] has shape"),
         ({"a": (2, 2, 4)}, {"a": (2, 2, 8)}, {}, "weight_dimension_numbers"),
         ({"a": (2, 4)}, {"a": (2, 8)}, {"roles": {"a": "output"}}, "role 'output' of .*readout"),
         ({"a": (2, 4)}, {"a": (2, 8)}, {"depth_ratio": 0}, "depth_ratio=0"),
         ({"a": (2, 4)}, {"a": (2, 8)}, {"residual_exponent": 0}, "residual_exponent=0.*0.5 to 1"),
         ({"a": (4,)}, {"a": (4,)}, {}, "no dimension of params differs"),
+        # A vocabulary of its own makes an embedding look like a hidden matrix.
+        ({"a": (100, 16)}, {"a": (104, 64)}, {}, r"\['a'\] is 100×16 .*same vocabulary.*roles="),
+        ({"a": (8, 3)}, {"a": (16, 4)}, {"roles": {"a": "vector"}}, "which axis is its width"),
         ({"a": (4, 4)}, {"a": (4, 4)}, {"roles": {"a": None}}, "no dimension of params differs"),
     ],
 )
@@ -258,13 +262,36 @@ def test_what_is_refused(base, target, options, message):
 def test_shapes_are_no_arrays():
     # As leaves of their own, they pass where a mask has cut the tree, and compare by value.
     shapes = infer(model(16), model(32), roles=ROLES)
-    cut = {**jax.tree.map(lambda s: 1.0, shapes), "blocks": optax.MaskedNode()}
-    with pytest.raises(ValueError, match="infer_shapes"):
+    cut = {**jax.tree.map(lambda s: 1.0, shapes), "more": 1.0}
+    with pytest.raises(ValueError, match=r"infer_shapes.*\['more'\]"):
         map_shapes(lambda s, x: x, shapes, cut)
+    del cut["more"]
     cut["blocks"] = {key: optax.MaskedNode() for key in shapes["blocks"]}
     roles = map_shapes(lambda s, x: s.role, shapes, cut)
     assert roles == {**ROLES, "blocks": cut["blocks"]}
     assert hash(shapes["embed"]) == hash(ParamShape("embedding", 100, 32, 100, 16))
+
+
+@pytest.mark.parametrize(
+    ("base", "here", "depth_ratio", "sizes"),
+    [
+        ((3, 16), (3, 64), 1.0, (64, 16)),
+        ((16, 3), (64, 3), 1.0, (64, 16)),
+        ((2, 16), (6, 64), 3.0, (64, 16)),  # deeper, too
+        ((16, 2), (64, 6), 3.0, (64, 16)),
+        ((2, 16), (8, 64), 4.0, (64, 16)),  # by as much as wider
+        ((16,), (64,), 1.0, (64, 16)),
+        ((), (), 1.0, (1, 1)),
+    ],
+)
+def test_the_width_of_stacked_vectors_is_the_axis_that_differs(base, here, depth_ratio, sizes):
+    roles = {"gain": "vector", "w": "hidden"}
+    base, here = ({"gain": jnp.ones(s), "w": jnp.ones((n, n))} for s, n in ((base, 16), (here, 64)))
+    shape = infer_shapes(base, here, roles=roles, depth_ratio=depth_ratio)["gain"]
+    assert shape == ParamShape("vector", 1, sizes[0], 1, sizes[1], depth_ratio)
+    if depth_ratio == 1:
+        assert rules.sgd().learning_rate(shape) == shape.width_ratio
+        assert rules.adam().epsilon(shape) == 1 / shape.width_ratio
 
 
 # The table of a model
