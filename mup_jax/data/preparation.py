@@ -41,6 +41,8 @@ class Arguments(NamedTuple):
       validation_fraction: expected fraction of documents in validation, within (0, 1).
       shard_tokens: most tokens in a file.
       format: of the files.
+      end_of_document: the token that ends each document, for a tokenizer "file:PATH"; by default
+        one that is known for it.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Arguments(NamedTuple):
     validation_fraction: float = 0.05
     shard_tokens: int = 100_000_000
     format: Format = "flat"
+    end_of_document: str | None = None
 
     def check(self) -> Source:
         """The source.
@@ -64,10 +67,14 @@ class Arguments(NamedTuple):
             raise ValueError(f"shard_tokens={self.shard_tokens}: give a positive number")
         if self.format not in FORMATS:
             raise ValueError(f"format={self.format!r}: choose of {', '.join(FORMATS)}")
+        if self.end_of_document is not None and not self.tokenizer.startswith("file:"):
+            raise ValueError(
+                f"end_of_document={self.end_of_document!r}: only a tokenizer 'file:PATH' takes one"
+            )
         if self.tokenizer.startswith("bpe:"):
             check_bpe_size(vocab_size_of(self.tokenizer))
         else:
-            make_tokenizer(self.tokenizer)
+            _end_id(self, make_tokenizer(self.tokenizer))
         return self.text()
 
     def text(self) -> Source:
@@ -161,6 +168,7 @@ def _clean_up(out: Path) -> None:
 
 
 def _check_same(arguments: Arguments, before: dict[str, Any], out: Path) -> None:
+    before = Arguments._field_defaults | before
     for name, value in arguments._asdict().items():
         if before.get(name) != value:
             raise ValueError(
@@ -201,6 +209,18 @@ def _tokenizer(name: str, out: str) -> Tokenizer:
     return FileTokenizer(path) if path.exists() else make_tokenizer(name)
 
 
+def _end_id(arguments: Arguments, tokenizer: Tokenizer) -> int:
+    if arguments.end_of_document is not None and isinstance(tokenizer, FileTokenizer):
+        return tokenizer.id_of(arguments.end_of_document)
+    return tokenizer.end_of_text
+
+
+def end_of_document(arguments: Arguments, out: str) -> str:
+    """The token that ends each document of a prepared folder."""
+    tokenizer = _tokenizer(arguments.tokenizer, out)
+    return tokenizer.decode(np.asarray([_end_id(arguments, tokenizer)]))
+
+
 def _prepare_part(
     arguments: Arguments, out: str, index: int, part: Part, report: Callable[[int], None]
 ) -> None:
@@ -211,7 +231,7 @@ def _prepare_part(
         Path(out), f"{side}-{index:05d}", arguments.format, dtype, arguments.shard_tokens
     )
     writers = {side: writer(side) for side in SIDES}
-    end, unreported = np.asarray([tokenizer.end_of_text], dtype), 0
+    end, unreported = np.asarray([_end_id(arguments, tokenizer)], dtype), 0
     for document in arguments.text().read(part):
         text = clean(document.text) if tokenizer.name == "char" else document.text
         if not text:

@@ -19,7 +19,7 @@ import sys
 
 from mup_jax.data.bpe import missing_package
 from mup_jax.data.manifest import SIDES, damaged_files, read_manifest
-from mup_jax.data.preparation import Arguments, prepare
+from mup_jax.data.preparation import Arguments, end_of_document, prepare
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Arguments._field_defaults
     parser.add_argument("--source", help="of the text")
     parser.add_argument("--tokenizer", help="its name")
+    parser.add_argument(
+        "--end-of-document", metavar="TOKEN", help="for a tokenizer file:PATH, in place of its own"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--column", default=defaults["column"], help="with the text (%(default)s)")
     parser.add_argument("--format", default=defaults["format"], help="flat (default), arrayrecord")
@@ -93,6 +96,7 @@ def _prepare(flags: argparse.Namespace) -> int:
         entries = getattr(manifest, side)
         tokens = sum(entry.tokens for entry in entries)
         print(f"{side}: {tokens:,} tokens in {len(entries)} files")
+    print(f"each document ends with {end_of_document(arguments, flags.out)!r}")
     print(
         f"train with --config.data.source=prepared:{flags.out} "
         f"--config.data.tokenizer={manifest.tokenizer}"

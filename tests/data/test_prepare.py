@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mup_jax.data import (
     load,
@@ -177,6 +178,42 @@ def test_a_tokenizer_file_stays_with_the_tokens(corpus, tmp_path):
     assert main(["--verify", f"--out={tmp_path}/out"]) == 1
 
 
+@pytest.fixture
+def words(tmp_path):
+    """The name of a tokenizer of words that knows no newline and no end of a document."""
+    tokenizer = Tokenizer(models.WordLevel({"lorem": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[STOP]", "[PAD]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "words.json"))
+    return "file:words.json"
+
+
+def test_the_end_of_a_document_is_asked_for(corpus, tmp_path, words, capsys):
+    flags = [f"--source={corpus}", f"--tokenizer={words}", "--out=out"]
+    assert main(flags) == 2
+    assert "name one with --end-of-document=TOKEN" in capsys.readouterr().err
+    assert main([*flags, "--end-of-document=[EOS]"]) == 2
+    assert "has no token '[EOS]': name another" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*flags, "--end-of-document=[STOP]"]) == 0
+    assert "each document ends with '[STOP]'" in capsys.readouterr().out
+    ids = np.concatenate(sides("out", words))
+    assert sum(ids == 2) == len(TEXTS)
+    assert sum(ids == 0) == sum(text.count("lorem") for text in TEXTS)
+    # Truncated at 8 there would be fewer.
+    assert len(ids) == sum(len(text.replace(":", " :").split()) + 1 for text in TEXTS)
+    assert main([*flags, "--end-of-document=[PAD]"]) == 2
+    assert "was begun with end_of_document='[STOP]', not '[PAD]'" in capsys.readouterr().err
+
+
+def test_a_folder_from_before_an_argument_was_known_is_the_same(corpus, tmp_path):
+    expected = run(corpus, tmp_path / "out")
+    arguments = {name: v for name, v in expected.arguments.items() if name != "end_of_document"}
+    change_manifest(tmp_path / "out", arguments=arguments)
+    assert run(corpus, tmp_path / "out").train == expected.train
+
+
 def test_interrupted_work_goes_on(corpus, tmp_path, many_parts, monkeypatch):
     expected = run(corpus, tmp_path / "whole")
     real, calls = preparation._prepare_part, []
@@ -319,6 +356,10 @@ def test_bad_tables_are_named(tmp_path):
         (["--source=files:/nothing/*", "--tokenizer=char"], "no file matches '/nothing/*'"),
         (["--source=stdlib", "--tokenizer=file:/no"], "no tokenizer file /no"),
         (["--source=stdlib"], "--tokenizer is missing"),
+        (
+            ["--source=stdlib", "--tokenizer=bytes", "--end-of-document=x"],
+            "end_of_document='x': only a tokenizer 'file:PATH' takes one",
+        ),
         (["--source=stdlib", "--tokenizer=char", "--workers=0"], "workers=0: give at least one"),
         (["--source=stdlib", "--tokenizer=char", "--format=zip"], "format='zip': choose of flat"),
         (
