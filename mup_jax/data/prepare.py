@@ -2,8 +2,9 @@
 
     python -m mup_jax.data.prepare --source=SOURCE --tokenizer=TOKENIZER --out=DIR
 
-SOURCE is "stdlib", "files:PATTERN", "jsonl:PATTERN" (also .gz), "parquet:PATTERN", or
-"hf:NAME[:CONFIGURATION[:SPLIT]]", a data set of Hugging Face, which is streamed. TOKENIZER is
+SOURCE is "stdlib", "files:PATTERN", "jsonl:PATTERN" (both also .gz, .bz2, .xz or .zst),
+"parquet:PATTERN", or "hf:NAME[:CONFIGURATION[:SPLIT]]", a data set of Hugging Face, which is
+streamed. TOKENIZER is
 "char", "bytes", "gpt2", "file:PATH" (a tokenizer.json), or "bpe:SIZE", trained on the text itself.
 Interrupted at any moment, the same command goes on. `--verify` alone reads the files of DIR and
 compares them with the manifest. Train on them with

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mup_jax.data.bpe import missing_package
+from mup_jax.data.compression import read_lines
 from mup_jax.data.corpus import Document, matching_files, read_text, standard_library
 
 # Small files are read together: each part leaves a file or two.
@@ -84,24 +84,26 @@ def _read_files(source: Source, part: Part) -> Iterator[Document]:
 
 def _read_jsonl(source: Source, part: Part) -> Iterator[Document]:
     for path in part:
-        for number, line in enumerate(_lines(path), 1):
-            where = f"{path}, line {number}"
+        for number, line in enumerate(read_lines(path), 1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{where} is not JSON ({error}): mend or delete it") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where} is not a JSON object: mend or delete it")
-                yield Document(f"{path}#{number}", _text_of(row, source.column, where))
+                where = f"{path}, line {number}"
+                text = _text_of(_parse(line, where), source.column, where)
+                yield Document(f"{path}#{number}", text)
 
 
-def _lines(path: str) -> Iterator[bytes]:
-    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
-        try:
-            yield from lines
-        except (EOFError, OSError) as error:
-            raise ValueError(f"{path} cannot be read to its end: {error}") from error
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 ({error}): mend or delete it; a compressed file needs a name "
+            "in .gz, .bz2, .xz or .zst"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}): mend or delete it") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object: mend or delete it")
+    return row
 
 
 def _read_parquet(source: Source, part: Part) -> Iterator[Document]:

@@ -1,6 +1,8 @@
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -31,9 +33,24 @@ TEXTS = [f"document {i}: " + "lorem ipsum dolor sit amet " * (i % 7) for i in ra
 FRACTION = 0.2
 
 
+def compress_zst(contents):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(contents)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": compress_zst,
+}
+
+
 def write_jsonl(path, texts, column="text"):
     lines = "".join(json.dumps({column: text, "id": 1}) + "\n" for text in texts).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(lines))
 
 
 def write_parquet(path, texts):
@@ -321,12 +338,78 @@ def test_blank_lines_are_none_and_half_surrogates_are_replaced(tmp_path):
     assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(["a?b", *TEXTS])
 
 
-def test_a_file_that_was_not_copied_whole_is_named(tmp_path):
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_lines_are_lines(tmp_path, suffix):
+    # Written in two goes, as parallel compressors do.
+    halves = []
+    for texts in (TEXTS[:30], TEXTS[30:]):
+        write_jsonl(tmp_path / f"half.jsonl{suffix}", texts)
+        halves.append((tmp_path / f"half.jsonl{suffix}").read_bytes())
+    (tmp_path / f"x.jsonl{suffix.upper()}").write_bytes(b"".join(halves))
+    run("jsonl:x.*", tmp_path / "out")
+    assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_text_files_are_text(tmp_path, suffix):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
+    run(f"files:*{suffix}", tmp_path / "out")
+    assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("damage", [lambda contents: contents[:-9], lambda contents: b"no" * 99])
+def test_a_file_that_was_not_copied_whole_is_named(tmp_path, suffix, damage):
+    name = f"x.jsonl{suffix}"
+    write_jsonl(tmp_path / name, TEXTS)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    for kind in ("jsonl", "files"):
+        with pytest.raises(ValueError, match=rf"x\.jsonl\{suffix} cannot be read to its end: \w"):
+            run(f"{kind}:{name}", tmp_path / kind)
+
+
+def test_damage_amid_compressed_lines_is_named(tmp_path):
     write_jsonl(tmp_path / "x.jsonl.gz", TEXTS)
-    contents = (tmp_path / "x.jsonl.gz").read_bytes()
-    (tmp_path / "x.jsonl.gz").write_bytes(contents[:-20])
-    with pytest.raises(ValueError, match=r"x\.jsonl\.gz cannot be read to its end"):
+    contents = bytearray((tmp_path / "x.jsonl.gz").read_bytes())
+    contents[30:60] = bytes(30)
+    (tmp_path / "x.jsonl.gz").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz cannot be read to its end: Error -3"):
         run("jsonl:x.jsonl.gz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_compressed_file_without_its_suffix_is_named(tmp_path, suffix):
+    write_jsonl(tmp_path / f"x{suffix}", TEXTS)
+    (tmp_path / f"x{suffix}").rename(tmp_path / "x.jsonl")
+    message = r"x\.jsonl, line 1 is not UTF-8 .*; a compressed file needs a name in \.gz, \.bz2"
+    with pytest.raises(ValueError, match=message):
+        run("jsonl:x.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "message"),
+    [
+        (".zst", "pyarrow", r"the package pyarrow: pip install 'mup_jax\[data\]'"),
+        (".xz", "lzma", "the module lzma, and this Python was built without it: use another"),
+    ],
+)
+def test_what_decompresses_is_named(tmp_path, monkeypatch, suffix, module, message):
+    write_jsonl(tmp_path / f"x.jsonl{suffix}", TEXTS)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"decompressing x\.jsonl\{suffix} needs {message}"):
+        run(f"jsonl:x.jsonl{suffix}", tmp_path / "out")
+
+
+def test_byte_order_marks_and_carriage_returns_are_no_text(tmp_path):
+    lines = "".join(json.dumps({"text": text}) + "\r\n" for text in TEXTS)
+    (tmp_path / "x.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    run("jsonl:x.jsonl", tmp_path / "jsonl")
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode("utf-8-sig"))
+    run("files:*.txt", tmp_path / "files")
+    for folder in ("jsonl", "files"):
+        assert sorted(itertools.chain(*texts_of(tmp_path / folder))) == sorted(TEXTS)
 
 
 @pytest.mark.parametrize("tokens", ["3", 10**9, 0, 1.5])
