@@ -43,6 +43,7 @@ class Arguments(NamedTuple):
       format: of the files.
       end_of_document: the token that ends each document, for a tokenizer "file:PATH"; by default
         one that is known for it.
+      strict: whether a null in place of a text is an error; by default it is left out and counted.
     """
 
     source: str
@@ -52,6 +53,7 @@ class Arguments(NamedTuple):
     shard_tokens: int = 100_000_000
     format: Format = "flat"
     end_of_document: str | None = None
+    strict: bool = False
 
     def check(self) -> Source:
         """The source.
@@ -78,7 +80,7 @@ class Arguments(NamedTuple):
         return self.text()
 
     def text(self) -> Source:
-        return parse_source(self.source, self.column)
+        return parse_source(self.source, self.column, self.strict)
 
 
 def prepare(
@@ -122,9 +124,17 @@ def prepare(
         done += finished_parts
         progress(tokens, done, len(parts))
     sides: dict[str, list[Entry]] = {side: [] for side in SIDES}
+    nulls = 0
     for i in range(len(parts)):
-        for side, entries in json.loads(_record_of(out, i).read_text()).items():
-            sides[side] += (Entry(*entry) for entry in entries)
+        record = json.loads(_record_of(out, i).read_text())
+        nulls += record.get("nulls", 0)
+        for side in SIDES:
+            sides[side] += (Entry(*entry) for entry in record[side])
+    if nulls and not any(sides.values()):
+        raise ValueError(
+            f"no text in {arguments.source!r}, where {arguments.column!r} of {nulls:,} records is "
+            "null: choose another --column"
+        )
     for side, entries in sides.items():
         if not entries:
             raise ValueError(
@@ -140,6 +150,7 @@ def prepare(
         format=arguments.format,
         train=tuple(sides["train"]),
         validation=tuple(sides["validation"]),
+        nulls=nulls,
     )
     _write(out / manifest_lib.NAME, manifest.to_json())
     _clean_up(out)
@@ -196,7 +207,7 @@ def _sample(arguments: Arguments, source: Source, parts: list[Part]) -> Iterator
     for part in parts:
         characters = 0
         for document in source.read(part):
-            if not is_held_out(document.name, arguments.validation_fraction):
+            if document and not is_held_out(document.name, arguments.validation_fraction):
                 characters += len(document.text)
                 yield document.text
             if characters > _BPE_SAMPLE_CHARACTERS / len(parts):
@@ -232,7 +243,11 @@ def _prepare_part(
     )
     writers = {side: writer(side) for side in SIDES}
     end, unreported = np.asarray([_end_id(arguments, tokenizer)], dtype), 0
+    nulls = 0
     for document in arguments.text().read(part):
+        if document is None:
+            nulls += 1
+            continue
         text = clean(document.text) if tokenizer.name == "char" else document.text
         if not text:
             continue
@@ -244,8 +259,8 @@ def _prepare_part(
             report(unreported)
             unreported = 0
     report(unreported)
-    entries = {side: writer.close() for side, writer in writers.items()}
-    _write(_record_of(Path(out), index), json.dumps(entries))
+    record = {side: writer.close() for side, writer in writers.items()} | {"nulls": nulls}
+    _write(_record_of(Path(out), index), json.dumps(record))
 
 
 def _record_of(out: Path, index: int) -> Path:

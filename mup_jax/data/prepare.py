@@ -4,10 +4,9 @@
 
 SOURCE is "stdlib", "files:PATTERN", "jsonl:PATTERN" (both also .gz, .bz2, .xz or .zst),
 "parquet:PATTERN", or "hf:NAME[:CONFIGURATION[:SPLIT]]", a data set of Hugging Face, which is
-streamed. TOKENIZER is
-"char", "bytes", "gpt2", "file:PATH" (a tokenizer.json), or "bpe:SIZE", trained on the text itself.
-Interrupted at any moment, the same command goes on. `--verify` alone reads the files of DIR and
-compares them with the manifest. Train on them with
+streamed. TOKENIZER is "char", "bytes", "gpt2", "file:PATH" (a tokenizer.json), or "bpe:SIZE",
+trained on the text itself. Interrupted at any moment, the same command goes on. `--verify` alone
+reads the files of DIR and compares them with the manifest. Train on them with
 
     python -m experiments.train --config.data.source=prepared:DIR --config.data.tokenizer=TOKENIZER
 """
@@ -50,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)"
     )
+    parser.add_argument("--strict", action="store_true", help="refuse a null in place of a text")
     parser.add_argument("--verify", action="store_true", help="compare DIR with its manifest")
     return parser
 
@@ -97,6 +97,8 @@ def _prepare(flags: argparse.Namespace) -> int:
         entries = getattr(manifest, side)
         tokens = sum(entry.tokens for entry in entries)
         print(f"{side}: {tokens:,} tokens in {len(entries)} files")
+    if manifest.nulls:
+        print(f"records left out, as their {arguments.column!r} is null: {manifest.nulls:,}")
     print(f"each document ends with {end_of_document(arguments, flags.out)!r}")
     print(
         f"train with --config.data.source=prepared:{flags.out} "

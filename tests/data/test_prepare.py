@@ -25,6 +25,7 @@ from mup_jax.data import (
     standard_library,
     vocab_size,
 )
+from mup_jax.data import manifest as manifest_lib
 from mup_jax.data.preparation import Arguments, prepare
 from mup_jax.data.prepare import main
 
@@ -226,8 +227,12 @@ def test_the_end_of_a_document_is_asked_for(corpus, tmp_path, words, capsys):
 
 def test_a_folder_from_before_an_argument_was_known_is_the_same(corpus, tmp_path):
     expected = run(corpus, tmp_path / "out")
-    arguments = {name: v for name, v in expected.arguments.items() if name != "end_of_document"}
-    change_manifest(tmp_path / "out", arguments=arguments)
+    path = tmp_path / "out/manifest.json"
+    fields = json.loads(path.read_text())
+    for name in ("end_of_document", "strict"):
+        del fields["arguments"][name]
+    del fields["nulls"]
+    path.write_text(json.dumps(fields))
     assert run(corpus, tmp_path / "out").train == expected.train
 
 
@@ -300,6 +305,7 @@ def test_what_looks_like_a_special_token_is_text(tmp_path):
     ("changes", "message"),
     [
         ({"tokenizer": "char"}, "was begun with tokenizer='bytes', not 'char': choose another"),
+        ({"strict": True}, "was begun with strict=False, not True"),
         ({"shard_tokens": 7}, "was begun with shard_tokens=100000000, not 7"),
     ],
 )
@@ -318,7 +324,7 @@ def test_a_folder_of_something_else_is_refused(corpus, tmp_path):
 BAD_LINES = {
     "no.jsonl": ('{"text": "a"}\nx', r"no\.jsonl, line 2 is not JSON"),
     "list.jsonl": ("[]", r"list\.jsonl, line 1 is not a JSON object"),
-    "column.jsonl": ('{"body": 1}', r"column\.jsonl, line 1 has no 'text': choose a --column of b"),
+    "column.jsonl": ('{"body": 1}', r"column\.jsonl, line 1 has no 'text': .* of body, or mend it"),
     "number.jsonl": ('{"text": 5}', r"number\.jsonl, line 1: 'text' is 5, not text"),
 }  # fmt: skip
 
@@ -355,6 +361,55 @@ def test_compressed_text_files_are_text(tmp_path, suffix):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
     run(f"files:*{suffix}", tmp_path / "out")
+    assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(TEXTS)
+
+
+def write_nulls(folder):
+    """Sources of the texts with five nulls among them, by the place of the first null."""
+    texts = [None, *TEXTS[:30], None, None, *TEXTS[30:], None, None]
+    write_jsonl(folder / "x.jsonl", texts)
+    write_parquet(folder / "x.parquet", texts)
+    (folder / "hub").mkdir()
+    write_parquet(folder / "hub/train-0.parquet", texts)
+    return {
+        "x.jsonl, line 1": "jsonl:x.jsonl",
+        "x.parquet, row 1": "parquet:x.parquet",
+        f"{folder}/hub, part 0, row 1": f"hf:{folder}/hub",
+    }
+
+
+def test_nulls_are_left_out_and_counted(tmp_path, capsys):
+    for i, source in enumerate(write_nulls(tmp_path).values()):
+        flags = [f"--source={source}", "--tokenizer=bytes", f"--out={i}"]
+        assert main([*flags, f"--validation-fraction={FRACTION}"]) == 0
+        assert "records left out, as their 'text' is null: 5\n" in capsys.readouterr().out
+        assert sorted(itertools.chain(*texts_of(i))) == sorted(TEXTS)
+        assert manifest_lib.read_manifest(str(i)).nulls == 5
+
+
+def test_nulls_are_counted_over_all_parts_and_train_no_encoding(tmp_path, many_parts):
+    for i in range(3):
+        write_jsonl(tmp_path / f"{i}.jsonl", [None, *TEXTS[20 * i : 20 * (i + 1)]])
+    assert run("jsonl:*.jsonl", tmp_path / "out", tokenizer="bpe:300").nulls == 3
+
+
+def test_strict_refuses_nulls(tmp_path, capsys):
+    for i, (where, source) in enumerate(write_nulls(tmp_path).items()):
+        flags = [f"--source={source}", "--tokenizer=bytes", f"--out={i}"]
+        assert main([*flags, "--strict"]) == 2
+        message = f"error: {where}: 'text' is null: mend or delete it, or choose another --out"
+        assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_a_column_of_nulls_is_refused(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [None] * 9)
+    with pytest.raises(ValueError, match=r"'text' of 9 records is null: choose another --column"):
+        run("jsonl:x.jsonl", tmp_path / "out")
+
+
+def test_empty_texts_are_no_documents(corpus, tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ["", *TEXTS, ""])
+    run("jsonl:x.jsonl", tmp_path / "out", strict=True)
     assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(TEXTS)
 
 
