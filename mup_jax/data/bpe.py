@@ -13,6 +13,18 @@ from numpy.typing import NDArray
 from mup_jax.data.tokenizer import GPT2_VOCABULARY, Ids, token_dtype
 
 END_OF_TEXT = "<|endoftext|>"
+# The first that a tokenizer has ends its documents. Gemma has "</s>" too, for HTML, and chat models
+# have "<|im_end|>", which ends a turn, beside the token of their base model.
+_ENDS = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "<eos>",
+    "</s>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>",
+    "[SEP]",
+)
 _BYTES = 256
 
 
@@ -57,7 +69,8 @@ class Gpt2Tokenizer:
 class FileTokenizer:
     """A tokenizer of the Hugging Face library, from its tokenizer.json.
 
-    Documents end with its <|endoftext|>, </s> or newline.
+    Every text is encoded whole and always the same way: the file's truncation, padding and dropout
+    are switched off.
 
     Args:
       path: of the file.
@@ -74,13 +87,44 @@ class FileTokenizer:
             self._tokenizer = library.Tokenizer.from_file(str(path))
         except Exception as error:
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
         # What looks like a special token in a text is text.
         self._tokenizer.encode_special_tokens = True
         self.name = f"file:{path}"
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        ends = (self._tokenizer.token_to_id(text) for text in (END_OF_TEXT, "</s>"))
-        found = [end for end in ends if end is not None]
-        self.end_of_text = found[0] if found else int(self.encode("\n")[0])
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends a document: of the tokenizer's own end token, or else of a newline.
+
+        Raises:
+          ValueError: it has neither.
+        """
+        for token in _ENDS:
+            if (end := self._tokenizer.token_to_id(token)) is not None:
+                return end
+        newline = self.encode("\n")
+        # A single id may also stand for any unknown character.
+        if len(newline) != 1 or self.decode(newline) != "\n":
+            raise ValueError(
+                f"the tokenizer {self.name!r} has no known token for the end of a document, nor "
+                "one for a newline: name one with --end-of-document=TOKEN"
+            )
+        return int(newline[0])
+
+    def id_of(self, token: str) -> int:
+        """The id of a token.
+
+        Raises:
+          ValueError: the tokenizer does not have it.
+        """
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer {self.name!r} has no token {token!r}: name another")
+        return found
 
     def encode(self, text: str) -> Ids:
         """Ids of the text, shape `(tokens,)`, without special tokens around it."""

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mup_jax.data.compression import read_lines
+
 # Tests, other people's packages, and files that are tables rather than text.
 _SKIPPED_FOLDERS = frozenset(
     {
@@ -73,8 +75,9 @@ def text_files(pattern: str) -> list[Document]:
 
 
 def read_text(path: str) -> Document:
-    """A file of UTF-8 text; bytes that are not UTF-8 become U+FFFD."""
-    return Document(Path(path).as_posix(), Path(path).read_bytes().decode(errors="replace"))
+    """A file of UTF-8 text, perhaps compressed; bytes that are not UTF-8 become U+FFFD."""
+    text = b"".join(read_lines(path)).decode("utf-8-sig", errors="replace")
+    return Document(Path(path).as_posix(), text)
 
 
 def matching_files(pattern: str) -> list[str]:

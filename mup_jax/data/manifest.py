@@ -49,6 +49,7 @@ class Manifest(NamedTuple):
       format: of the files.
       train: its files in their order.
       validation: likewise.
+      nulls: records that were left out, as their text is null.
     """
 
     version: int
@@ -59,6 +60,7 @@ class Manifest(NamedTuple):
     format: Format
     train: tuple[Entry, ...]
     validation: tuple[Entry, ...]
+    nulls: int = 0
 
     @property
     def fingerprint(self) -> str:

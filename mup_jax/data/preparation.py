@@ -41,6 +41,9 @@ class Arguments(NamedTuple):
       validation_fraction: expected fraction of documents in validation, within (0, 1).
       shard_tokens: most tokens in a file.
       format: of the files.
+      end_of_document: the token that ends each document, for a tokenizer "file:PATH"; by default
+        one that is known for it.
+      strict: whether a null in place of a text is an error; by default it is left out and counted.
     """
 
     source: str
@@ -49,6 +52,8 @@ class Arguments(NamedTuple):
     validation_fraction: float = 0.05
     shard_tokens: int = 100_000_000
     format: Format = "flat"
+    end_of_document: str | None = None
+    strict: bool = False
 
     def check(self) -> Source:
         """The source.
@@ -64,14 +69,18 @@ class Arguments(NamedTuple):
             raise ValueError(f"shard_tokens={self.shard_tokens}: give a positive number")
         if self.format not in FORMATS:
             raise ValueError(f"format={self.format!r}: choose of {', '.join(FORMATS)}")
+        if self.end_of_document is not None and not self.tokenizer.startswith("file:"):
+            raise ValueError(
+                f"end_of_document={self.end_of_document!r}: only a tokenizer 'file:PATH' takes one"
+            )
         if self.tokenizer.startswith("bpe:"):
             check_bpe_size(vocab_size_of(self.tokenizer))
         else:
-            make_tokenizer(self.tokenizer)
+            _end_id(self, make_tokenizer(self.tokenizer))
         return self.text()
 
     def text(self) -> Source:
-        return parse_source(self.source, self.column)
+        return parse_source(self.source, self.column, self.strict)
 
 
 def prepare(
@@ -115,9 +124,17 @@ def prepare(
         done += finished_parts
         progress(tokens, done, len(parts))
     sides: dict[str, list[Entry]] = {side: [] for side in SIDES}
+    nulls = 0
     for i in range(len(parts)):
-        for side, entries in json.loads(_record_of(out, i).read_text()).items():
-            sides[side] += (Entry(*entry) for entry in entries)
+        record = json.loads(_record_of(out, i).read_text())
+        nulls += record.get("nulls", 0)
+        for side in SIDES:
+            sides[side] += (Entry(*entry) for entry in record[side])
+    if nulls and not any(sides.values()):
+        raise ValueError(
+            f"no text in {arguments.source!r}, where {arguments.column!r} of {nulls:,} records is "
+            "null: choose another --column"
+        )
     for side, entries in sides.items():
         if not entries:
             raise ValueError(
@@ -133,6 +150,7 @@ def prepare(
         format=arguments.format,
         train=tuple(sides["train"]),
         validation=tuple(sides["validation"]),
+        nulls=nulls,
     )
     _write(out / manifest_lib.NAME, manifest.to_json())
     _clean_up(out)
@@ -161,6 +179,7 @@ def _clean_up(out: Path) -> None:
 
 
 def _check_same(arguments: Arguments, before: dict[str, Any], out: Path) -> None:
+    before = Arguments._field_defaults | before
     for name, value in arguments._asdict().items():
         if before.get(name) != value:
             raise ValueError(
@@ -188,7 +207,7 @@ def _sample(arguments: Arguments, source: Source, parts: list[Part]) -> Iterator
     for part in parts:
         characters = 0
         for document in source.read(part):
-            if not is_held_out(document.name, arguments.validation_fraction):
+            if document and not is_held_out(document.name, arguments.validation_fraction):
                 characters += len(document.text)
                 yield document.text
             if characters > _BPE_SAMPLE_CHARACTERS / len(parts):
@@ -201,6 +220,18 @@ def _tokenizer(name: str, out: str) -> Tokenizer:
     return FileTokenizer(path) if path.exists() else make_tokenizer(name)
 
 
+def _end_id(arguments: Arguments, tokenizer: Tokenizer) -> int:
+    if arguments.end_of_document is not None and isinstance(tokenizer, FileTokenizer):
+        return tokenizer.id_of(arguments.end_of_document)
+    return tokenizer.end_of_text
+
+
+def end_of_document(arguments: Arguments, out: str) -> str:
+    """The token that ends each document of a prepared folder."""
+    tokenizer = _tokenizer(arguments.tokenizer, out)
+    return tokenizer.decode(np.asarray([_end_id(arguments, tokenizer)]))
+
+
 def _prepare_part(
     arguments: Arguments, out: str, index: int, part: Part, report: Callable[[int], None]
 ) -> None:
@@ -211,8 +242,12 @@ def _prepare_part(
         Path(out), f"{side}-{index:05d}", arguments.format, dtype, arguments.shard_tokens
     )
     writers = {side: writer(side) for side in SIDES}
-    end, unreported = np.asarray([tokenizer.end_of_text], dtype), 0
+    end, unreported = np.asarray([_end_id(arguments, tokenizer)], dtype), 0
+    nulls = 0
     for document in arguments.text().read(part):
+        if document is None:
+            nulls += 1
+            continue
         text = clean(document.text) if tokenizer.name == "char" else document.text
         if not text:
             continue
@@ -224,8 +259,8 @@ def _prepare_part(
             report(unreported)
             unreported = 0
     report(unreported)
-    entries = {side: writer.close() for side, writer in writers.items()}
-    _write(_record_of(Path(out), index), json.dumps(entries))
+    record = {side: writer.close() for side, writer in writers.items()} | {"nulls": nulls}
+    _write(_record_of(Path(out), index), json.dumps(record))
 
 
 def _record_of(out: Path, index: int) -> Path:

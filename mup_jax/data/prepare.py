@@ -2,11 +2,11 @@
 
     python -m mup_jax.data.prepare --source=SOURCE --tokenizer=TOKENIZER --out=DIR
 
-SOURCE is "stdlib", "files:PATTERN", "jsonl:PATTERN" (also .gz), "parquet:PATTERN", or
-"hf:NAME[:CONFIGURATION[:SPLIT]]", a data set of Hugging Face, which is streamed. TOKENIZER is
-"char", "bytes", "gpt2", "file:PATH" (a tokenizer.json), or "bpe:SIZE", trained on the text itself.
-Interrupted at any moment, the same command goes on. `--verify` alone reads the files of DIR and
-compares them with the manifest. Train on them with
+SOURCE is "stdlib", "files:PATTERN", "jsonl:PATTERN" (both also .gz, .bz2, .xz or .zst),
+"parquet:PATTERN", or "hf:NAME[:CONFIGURATION[:SPLIT]]", a data set of Hugging Face, which is
+streamed. TOKENIZER is "char", "bytes", "gpt2", "file:PATH" (a tokenizer.json), or "bpe:SIZE",
+trained on the text itself. Interrupted at any moment, the same command goes on. `--verify` alone
+reads the files of DIR and compares them with the manifest. Train on them with
 
     python -m experiments.train --config.data.source=prepared:DIR --config.data.tokenizer=TOKENIZER
 """
@@ -19,7 +19,7 @@ import sys
 
 from mup_jax.data.bpe import missing_package
 from mup_jax.data.manifest import SIDES, damaged_files, read_manifest
-from mup_jax.data.preparation import Arguments, prepare
+from mup_jax.data.preparation import Arguments, end_of_document, prepare
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Arguments._field_defaults
     parser.add_argument("--source", help="of the text")
     parser.add_argument("--tokenizer", help="its name")
+    parser.add_argument(
+        "--end-of-document", metavar="TOKEN", help="for a tokenizer file:PATH, in place of its own"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--column", default=defaults["column"], help="with the text (%(default)s)")
     parser.add_argument("--format", default=defaults["format"], help="flat (default), arrayrecord")
@@ -46,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)"
     )
+    parser.add_argument("--strict", action="store_true", help="refuse a null in place of a text")
     parser.add_argument("--verify", action="store_true", help="compare DIR with its manifest")
     return parser
 
@@ -93,6 +97,9 @@ def _prepare(flags: argparse.Namespace) -> int:
         entries = getattr(manifest, side)
         tokens = sum(entry.tokens for entry in entries)
         print(f"{side}: {tokens:,} tokens in {len(entries)} files")
+    if manifest.nulls:
+        print(f"records left out, as their {arguments.column!r} is null: {manifest.nulls:,}")
+    print(f"each document ends with {end_of_document(arguments, flags.out)!r}")
     print(
         f"train with --config.data.source=prepared:{flags.out} "
         f"--config.data.tokenizer={manifest.tokenizer}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mup_jax.data.bpe import missing_package
+from mup_jax.data.compression import read_lines
 from mup_jax.data.corpus import Document, matching_files, read_text, standard_library
 
 # Small files are read together: each part leaves a file or two.
@@ -25,18 +25,20 @@ class Source(NamedTuple):
       kind: of it.
       where: what of that kind.
       column: of JSON objects or tables: the text.
+      strict: whether a null in place of a text is an error.
     """
 
     kind: str
     where: str
     column: str
+    strict: bool
 
     def parts(self) -> list[Part]:
         """The parts, always the same ones, in their order."""
         return _KINDS[self.kind].parts(self)
 
-    def read(self, part: Part) -> Iterator[Document]:
-        """The documents of a part, in their order.
+    def read(self, part: Part) -> Iterator[Document | None]:
+        """The documents of a part, in their order; None for a record whose text is null.
 
         Raises:
           ValueError: a document that is not text; the message says where it stands.
@@ -46,10 +48,10 @@ class Source(NamedTuple):
 
 class _Kind(NamedTuple):
     parts: Callable[[Source], list[Part]]
-    read: Callable[[Source, Part], Iterator[Document]]
+    read: Callable[[Source, Part], Iterator[Document | None]]
 
 
-def parse_source(text: str, column: str = "text") -> Source:
+def parse_source(text: str, column: str = "text", strict: bool = False) -> Source:
     """The source of "stdlib", "files:", "jsonl:" or "parquet:" and a pattern of paths, or
     "hf:NAME[:CONFIGURATION[:SPLIT]]", a data set of Hugging Face or a folder in its layout.
 
@@ -62,7 +64,7 @@ def parse_source(text: str, column: str = "text") -> Source:
             f"unknown text source {text!r}: choose 'stdlib', 'files:PATTERN', 'jsonl:PATTERN', "
             "'parquet:PATTERN' or 'hf:NAME[:CONFIGURATION[:SPLIT]]'"
         )
-    return Source(kind, where, column)
+    return Source(kind, where, column, strict)
 
 
 def _groups_of_files(source: Source) -> list[Part]:
@@ -82,29 +84,30 @@ def _read_files(source: Source, part: Part) -> Iterator[Document]:
         yield read_text(path)
 
 
-def _read_jsonl(source: Source, part: Part) -> Iterator[Document]:
+def _read_jsonl(source: Source, part: Part) -> Iterator[Document | None]:
     for path in part:
-        for number, line in enumerate(_lines(path), 1):
-            where = f"{path}, line {number}"
+        for number, line in enumerate(read_lines(path), 1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{where} is not JSON ({error}): mend or delete it") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where} is not a JSON object: mend or delete it")
-                yield Document(f"{path}#{number}", _text_of(row, source.column, where))
+                where = f"{path}, line {number}"
+                yield _document(source, f"{path}#{number}", _parse(line, where), where)
 
 
-def _lines(path: str) -> Iterator[bytes]:
-    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
-        try:
-            yield from lines
-        except (EOFError, OSError) as error:
-            raise ValueError(f"{path} cannot be read to its end: {error}") from error
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 ({error}): mend or delete it; a compressed file needs a name "
+            "in .gz, .bz2, .xz or .zst"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}): mend or delete it") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object: mend or delete it")
+    return row
 
 
-def _read_parquet(source: Source, part: Part) -> Iterator[Document]:
+def _read_parquet(source: Source, part: Part) -> Iterator[Document | None]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -123,8 +126,8 @@ def _read_parquet(source: Source, part: Part) -> Iterator[Document]:
                 for value in batch.column(0).to_pylist():
                     number += 1
                     row = {source.column: value}
-                    text = _text_of(row, source.column, f"{path}, row {number}")
-                    yield Document(f"{path}#{number}", text)
+                    where = f"{path}, row {number}"
+                    yield _document(source, f"{path}#{number}", row, where)
 
 
 def _data_set(source: Source) -> Any:
@@ -149,26 +152,34 @@ def _parts_of_data_set(source: Source) -> list[Part]:
     return [(index, count) for index in range(count)]
 
 
-def _read_data_set(source: Source, part: Part) -> Iterator[Document]:
+def _read_data_set(source: Source, part: Part) -> Iterator[Document | None]:
     index, count = part
     for number, row in enumerate(_data_set(source).shard(count, index), 1):
         where = f"{source.where}, part {index}, row {number}"
-        yield Document(f"{index}#{number}", _text_of(row, source.column, where))
+        yield _document(source, f"{index}#{number}", row, where)
 
 
-def _text_of(row: dict[str, Any], column: str, where: str) -> str:
+def _document(source: Source, name: str, row: dict[str, Any], where: str) -> Document | None:
+    column = source.column
     if column not in row:
         raise _no_column(where, column, list(row))
-    if not isinstance(row[column], str):
+    text = row[column]
+    if text is None and not source.strict:
+        return None
+    if text is None:
         raise ValueError(
-            f"{where}: {column!r} is {row[column]!r:.50}, not text: choose another --column"
+            f"{where}: {column!r} is null: mend or delete it, or choose another --out without "
+            "--strict"
         )
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {column!r} is {text!r:.50}, not text: choose another --column")
     # JSON can say what is not Unicode: half of a pair of surrogates.
-    return row[column].encode(errors="replace").decode()
+    return Document(name, text.encode(errors="replace").decode())
 
 
 def _no_column(where: str, column: str, known: list[str]) -> ValueError:
-    return ValueError(f"{where} has no {column!r}: choose a --column of {', '.join(known)}")
+    columns = ", ".join(known)
+    return ValueError(f"{where} has no {column!r}: choose a --column of {columns}, or mend it")
 
 
 _KINDS = {

@@ -1,6 +1,8 @@
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mup_jax.data import (
     load,
@@ -22,6 +25,7 @@ from mup_jax.data import (
     standard_library,
     vocab_size,
 )
+from mup_jax.data import manifest as manifest_lib
 from mup_jax.data.preparation import Arguments, prepare
 from mup_jax.data.prepare import main
 
@@ -30,9 +34,24 @@ TEXTS = [f"document {i}: " + "lorem ipsum dolor sit amet " * (i % 7) for i in ra
 FRACTION = 0.2
 
 
+def compress_zst(contents):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(contents)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": compress_zst,
+}
+
+
 def write_jsonl(path, texts, column="text"):
     lines = "".join(json.dumps({column: text, "id": 1}) + "\n" for text in texts).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(lines))
 
 
 def write_parquet(path, texts):
@@ -177,6 +196,46 @@ def test_a_tokenizer_file_stays_with_the_tokens(corpus, tmp_path):
     assert main(["--verify", f"--out={tmp_path}/out"]) == 1
 
 
+@pytest.fixture
+def words(tmp_path):
+    """The name of a tokenizer of words that knows no newline and no end of a document."""
+    tokenizer = Tokenizer(models.WordLevel({"lorem": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[STOP]", "[PAD]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "words.json"))
+    return "file:words.json"
+
+
+def test_the_end_of_a_document_is_asked_for(corpus, tmp_path, words, capsys):
+    flags = [f"--source={corpus}", f"--tokenizer={words}", "--out=out"]
+    assert main(flags) == 2
+    assert "name one with --end-of-document=TOKEN" in capsys.readouterr().err
+    assert main([*flags, "--end-of-document=[EOS]"]) == 2
+    assert "has no token '[EOS]': name another" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*flags, "--end-of-document=[STOP]"]) == 0
+    assert "each document ends with '[STOP]'" in capsys.readouterr().out
+    ids = np.concatenate(sides("out", words))
+    assert sum(ids == 2) == len(TEXTS)
+    assert sum(ids == 0) == sum(text.count("lorem") for text in TEXTS)
+    # Truncated at 8 there would be fewer.
+    assert len(ids) == sum(len(text.replace(":", " :").split()) + 1 for text in TEXTS)
+    assert main([*flags, "--end-of-document=[PAD]"]) == 2
+    assert "was begun with end_of_document='[STOP]', not '[PAD]'" in capsys.readouterr().err
+
+
+def test_a_folder_from_before_an_argument_was_known_is_the_same(corpus, tmp_path):
+    expected = run(corpus, tmp_path / "out")
+    path = tmp_path / "out/manifest.json"
+    fields = json.loads(path.read_text())
+    for name in ("end_of_document", "strict"):
+        del fields["arguments"][name]
+    del fields["nulls"]
+    path.write_text(json.dumps(fields))
+    assert run(corpus, tmp_path / "out").train == expected.train
+
+
 def test_interrupted_work_goes_on(corpus, tmp_path, many_parts, monkeypatch):
     expected = run(corpus, tmp_path / "whole")
     real, calls = preparation._prepare_part, []
@@ -246,6 +305,7 @@ def test_what_looks_like_a_special_token_is_text(tmp_path):
     ("changes", "message"),
     [
         ({"tokenizer": "char"}, "was begun with tokenizer='bytes', not 'char': choose another"),
+        ({"strict": True}, "was begun with strict=False, not True"),
         ({"shard_tokens": 7}, "was begun with shard_tokens=100000000, not 7"),
     ],
 )
@@ -264,7 +324,7 @@ def test_a_folder_of_something_else_is_refused(corpus, tmp_path):
 BAD_LINES = {
     "no.jsonl": ('{"text": "a"}\nx', r"no\.jsonl, line 2 is not JSON"),
     "list.jsonl": ("[]", r"list\.jsonl, line 1 is not a JSON object"),
-    "column.jsonl": ('{"body": 1}', r"column\.jsonl, line 1 has no 'text': choose a --column of b"),
+    "column.jsonl": ('{"body": 1}', r"column\.jsonl, line 1 has no 'text': .* of body, or mend it"),
     "number.jsonl": ('{"text": 5}', r"number\.jsonl, line 1: 'text' is 5, not text"),
 }  # fmt: skip
 
@@ -284,12 +344,127 @@ def test_blank_lines_are_none_and_half_surrogates_are_replaced(tmp_path):
     assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(["a?b", *TEXTS])
 
 
-def test_a_file_that_was_not_copied_whole_is_named(tmp_path):
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_lines_are_lines(tmp_path, suffix):
+    # Written in two goes, as parallel compressors do.
+    halves = []
+    for texts in (TEXTS[:30], TEXTS[30:]):
+        write_jsonl(tmp_path / f"half.jsonl{suffix}", texts)
+        halves.append((tmp_path / f"half.jsonl{suffix}").read_bytes())
+    (tmp_path / f"x.jsonl{suffix.upper()}").write_bytes(b"".join(halves))
+    run("jsonl:x.*", tmp_path / "out")
+    assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_text_files_are_text(tmp_path, suffix):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
+    run(f"files:*{suffix}", tmp_path / "out")
+    assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(TEXTS)
+
+
+def write_nulls(folder):
+    """Sources of the texts with five nulls among them, by the place of the first null."""
+    texts = [None, *TEXTS[:30], None, None, *TEXTS[30:], None, None]
+    write_jsonl(folder / "x.jsonl", texts)
+    write_parquet(folder / "x.parquet", texts)
+    (folder / "hub").mkdir()
+    write_parquet(folder / "hub/train-0.parquet", texts)
+    return {
+        "x.jsonl, line 1": "jsonl:x.jsonl",
+        "x.parquet, row 1": "parquet:x.parquet",
+        f"{folder}/hub, part 0, row 1": f"hf:{folder}/hub",
+    }
+
+
+def test_nulls_are_left_out_and_counted(tmp_path, capsys):
+    for i, source in enumerate(write_nulls(tmp_path).values()):
+        flags = [f"--source={source}", "--tokenizer=bytes", f"--out={i}"]
+        assert main([*flags, f"--validation-fraction={FRACTION}"]) == 0
+        assert "records left out, as their 'text' is null: 5\n" in capsys.readouterr().out
+        assert sorted(itertools.chain(*texts_of(i))) == sorted(TEXTS)
+        assert manifest_lib.read_manifest(str(i)).nulls == 5
+
+
+def test_nulls_are_counted_over_all_parts_and_train_no_encoding(tmp_path, many_parts):
+    for i in range(3):
+        write_jsonl(tmp_path / f"{i}.jsonl", [None, *TEXTS[20 * i : 20 * (i + 1)]])
+    assert run("jsonl:*.jsonl", tmp_path / "out", tokenizer="bpe:300").nulls == 3
+
+
+def test_strict_refuses_nulls(tmp_path, capsys):
+    for i, (where, source) in enumerate(write_nulls(tmp_path).items()):
+        flags = [f"--source={source}", "--tokenizer=bytes", f"--out={i}"]
+        assert main([*flags, "--strict"]) == 2
+        message = f"error: {where}: 'text' is null: mend or delete it, or choose another --out"
+        assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_a_column_of_nulls_is_refused(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [None] * 9)
+    with pytest.raises(ValueError, match=r"'text' of 9 records is null: choose another --column"):
+        run("jsonl:x.jsonl", tmp_path / "out")
+
+
+def test_empty_texts_are_no_documents(corpus, tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ["", *TEXTS, ""])
+    run("jsonl:x.jsonl", tmp_path / "out", strict=True)
+    assert sorted(itertools.chain(*texts_of(tmp_path / "out"))) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("damage", [lambda contents: contents[:-9], lambda contents: b"no" * 99])
+def test_a_file_that_was_not_copied_whole_is_named(tmp_path, suffix, damage):
+    name = f"x.jsonl{suffix}"
+    write_jsonl(tmp_path / name, TEXTS)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    for kind in ("jsonl", "files"):
+        with pytest.raises(ValueError, match=rf"x\.jsonl\{suffix} cannot be read to its end: \w"):
+            run(f"{kind}:{name}", tmp_path / kind)
+
+
+def test_damage_amid_compressed_lines_is_named(tmp_path):
     write_jsonl(tmp_path / "x.jsonl.gz", TEXTS)
-    contents = (tmp_path / "x.jsonl.gz").read_bytes()
-    (tmp_path / "x.jsonl.gz").write_bytes(contents[:-20])
-    with pytest.raises(ValueError, match=r"x\.jsonl\.gz cannot be read to its end"):
+    contents = bytearray((tmp_path / "x.jsonl.gz").read_bytes())
+    contents[30:60] = bytes(30)
+    (tmp_path / "x.jsonl.gz").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz cannot be read to its end: Error -3"):
         run("jsonl:x.jsonl.gz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_compressed_file_without_its_suffix_is_named(tmp_path, suffix):
+    write_jsonl(tmp_path / f"x{suffix}", TEXTS)
+    (tmp_path / f"x{suffix}").rename(tmp_path / "x.jsonl")
+    message = r"x\.jsonl, line 1 is not UTF-8 .*; a compressed file needs a name in \.gz, \.bz2"
+    with pytest.raises(ValueError, match=message):
+        run("jsonl:x.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "message"),
+    [
+        (".zst", "pyarrow", r"the package pyarrow: pip install 'mup_jax\[data\]'"),
+        (".xz", "lzma", "the module lzma, and this Python was built without it: use another"),
+    ],
+)
+def test_what_decompresses_is_named(tmp_path, monkeypatch, suffix, module, message):
+    write_jsonl(tmp_path / f"x.jsonl{suffix}", TEXTS)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"decompressing x\.jsonl\{suffix} needs {message}"):
+        run(f"jsonl:x.jsonl{suffix}", tmp_path / "out")
+
+
+def test_byte_order_marks_and_carriage_returns_are_no_text(tmp_path):
+    lines = "".join(json.dumps({"text": text}) + "\r\n" for text in TEXTS)
+    (tmp_path / "x.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    run("jsonl:x.jsonl", tmp_path / "jsonl")
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode("utf-8-sig"))
+    run("files:*.txt", tmp_path / "files")
+    for folder in ("jsonl", "files"):
+        assert sorted(itertools.chain(*texts_of(tmp_path / folder))) == sorted(TEXTS)
 
 
 @pytest.mark.parametrize("tokens", ["3", 10**9, 0, 1.5])
@@ -319,6 +494,10 @@ def test_bad_tables_are_named(tmp_path):
         (["--source=files:/nothing/*", "--tokenizer=char"], "no file matches '/nothing/*'"),
         (["--source=stdlib", "--tokenizer=file:/no"], "no tokenizer file /no"),
         (["--source=stdlib"], "--tokenizer is missing"),
+        (
+            ["--source=stdlib", "--tokenizer=bytes", "--end-of-document=x"],
+            "end_of_document='x': only a tokenizer 'file:PATH' takes one",
+        ),
         (["--source=stdlib", "--tokenizer=char", "--workers=0"], "workers=0: give at least one"),
         (["--source=stdlib", "--tokenizer=char", "--format=zip"], "format='zip': choose of flat"),
         (

@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mup_jax.data import make_tokenizer
 from mup_jax.data.tokenizer import token_dtype, vocab_size_of
@@ -116,6 +117,96 @@ def test_a_file_that_is_not_a_tokenizer(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match=r"x\.json is not a tokenizer\.json"):
         make_tokenizer(f"file:{tmp_path}/x.json")
+
+
+def write_tokenizer(path, special_tokens=(), model=None, tokens=(), change=lambda tokenizer: None):
+    """A tokenizer.json of the letters a and b and a newline, unless another model is given."""
+    tokenizer = Tokenizer(model or models.BPE({"a": 0, "b": 1, "\n": 2, "ab": 3}, [("a", "b")]))
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_special_tokens(list(special_tokens))
+    change(tokenizer)
+    tokenizer.save(str(path))
+    return make_tokenizer(f"file:{path}")
+
+
+def enable_truncation(tokenizer):
+    tokenizer.enable_truncation(8)
+
+
+def enable_padding(tokenizer):
+    tokenizer.enable_padding(pad_id=2, length=5000)
+
+
+def enable_dropout(tokenizer):
+    tokenizer.model.dropout = 0.5
+
+
+@pytest.mark.parametrize("change", [enable_truncation, enable_padding, enable_dropout])
+def test_a_file_encodes_every_text_whole(tmp_path, change):
+    tokenizer = write_tokenizer(tmp_path / "x.json", change=change)
+    assert tokenizer.encode("ab" * 1000).tolist() == [3] * 1000
+
+
+@pytest.mark.parametrize(
+    ("special_tokens", "end"),
+    [
+        (["<|endoftext|>"], "<|endoftext|>"),
+        (["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>"], "<|end_of_text|>"),  # Llama 3
+        (["<pad>", "<eos>", "<bos>", "<end_of_turn>"], "<eos>"),  # Gemma
+        (["<unk>", "<s>", "</s>"], "</s>"),
+        (["[BOS]", "[EOS]", "[SEP]"], "[EOS]"),
+        (["[CLS]", "[SEP]", "[MASK]"], "[SEP]"),  # BERT
+        (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], "<｜end▁of▁sentence｜>"),  # DeepSeek
+        (["<|im_start|>", "<|im_end|>"], "<|im_end|>"),  # ChatML
+        (["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|endoftext|>"),  # Qwen
+        (["<|im_start|>", "<|im_end|>", "</s>"], "</s>"),
+        (["[PAD]"], "\n"),
+    ],
+)
+def test_a_document_ends_with_the_own_token_of_a_file(tmp_path, special_tokens, end):
+    tokenizer = write_tokenizer(tmp_path / "x.json", special_tokens)
+    assert tokenizer.end_of_text == tokenizer.id_of(end)
+
+
+def test_a_tag_of_html_ends_no_document(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "x.json", ["<eos>"], tokens=["<s>", "</s>"])
+    assert tokenizer.end_of_text == tokenizer.id_of("<eos>")
+
+
+def unknown_characters_have_an_id():
+    return models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
+
+
+def newline_is_two_tokens():
+    return models.BPE({"a": 0, "▁": 1, "<0x0A>": 2}, [], byte_fallback=True)
+
+
+def whitespace_is_left_out(tokenizer):
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+
+def begins_with_a_space(tokenizer):
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        (None, whitespace_is_left_out),
+        (unknown_characters_have_an_id, lambda tokenizer: None),
+        (newline_is_two_tokens, begins_with_a_space),
+    ],
+)
+def test_a_file_without_an_end_of_document(tmp_path, model, change):
+    tokenizer = write_tokenizer(tmp_path / "x.json", model=model and model(), change=change)
+    with pytest.raises(
+        ValueError, match=r"x\.json' has no .* name one with --end-of-document=TOKEN"
+    ):
+        _ = tokenizer.end_of_text
+    assert tokenizer.encode("a").tolist()[-1] == 0
+    assert tokenizer.id_of("a") == 0
+    with pytest.raises(ValueError, match=r"x\.json' has no token 'c': name another"):
+        tokenizer.id_of("c")
 
 
 def test_importing_loads_no_library_of_tokens():
