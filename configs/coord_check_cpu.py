@@ -53,7 +53,7 @@ def get_config(vary: str = "width") -> ConfigDict:
     # Even depths, which have a block in the middle.
     sizes = {"width": (32, 64, 128, 256), "depth": (4, 8, 16, 32)}
     if vary not in sizes:
-        raise ValueError(f"configs/coord_check_cpu.py:{vary}: choose width or depth")
+        raise ValueError(f"no variant {vary!r}: choose width or depth")
     config = default_check()
     config.vary = vary
     config.sizes = sizes[vary]

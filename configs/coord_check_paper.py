@@ -23,7 +23,7 @@ _BLOCKED = ("#Shampoo", "#Shampoo²", "SOAP")
 def get_config(vary: str = "width") -> ConfigDict:
     sizes = {"width": (128, 256, 512, 1024, 2048, 4096), "depth": (3, 6, 12, 24, 48, 96, 192)}
     if vary not in sizes:
-        raise ValueError(f"configs/coord_check_paper.py:{vary}: choose width or depth")
+        raise ValueError(f"no variant {vary!r}: choose width or depth")
     config = default_check()
     config.vary = vary
     config.sizes = sizes[vary]

@@ -54,7 +54,7 @@ _MIDDLES = {
 
 def get_config(size: str = "small") -> ConfigDict:
     if size not in _SIZES:
-        raise ValueError(f"configs/ladder_cpu.py:{size}: choose {' or '.join(_SIZES)}")
+        raise ValueError(f"no variant {size!r}: choose {' or '.join(_SIZES)}")
     config = default_ladder()
     config.update(_SIZES[size])
     config.depth = 2

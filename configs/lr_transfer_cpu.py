@@ -68,9 +68,7 @@ def get_config(which: str = "plain") -> ConfigDict:
     )
     chosen = {"plain": ("SP", "µP"), "repaired": ("µP, blocks of 16", "µP, spectral norm")}
     if which not in chosen:
-        raise ValueError(
-            f"configs/lr_transfer_cpu.py:{which}: choose plain, repaired or lamb after the colon"
-        )
+        raise ValueError(f"no variant {which!r}: choose plain, repaired or lamb after the colon")
     config.curves = {
         label: {name: curve for name, curve in variants.items() if name in chosen[which]}
         for label, variants in curves.items()

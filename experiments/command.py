@@ -1,13 +1,20 @@
 """What all entry points share: their flags, and errors as one line."""
 
 import errno
+import importlib.util
+import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections.config_flags import config_path
+
+from mup_jax.training.config import check_known
 
 
 def run(
@@ -31,21 +38,21 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            config_flags.DEFINE_config_file("config", config, "Configuration file.")
+            config_flags.DEFINE_config_file("config", None, "Configuration file.")
+            flags.FLAGS["config"].parser = _ConfigFile(argv)
+            flags.FLAGS.set_default("config", config)
             flags.DEFINE_string("workdir", workdir, "Folder for all that is written.")
             if define_flags:
                 define_flags()
             rest = flags.FLAGS(argv)
-            _ = flags.FLAGS.config  # a file that did not load says so when it is read
             if flags.FLAGS["verbosity"].using_default_value:
                 logging.set_verbosity(logging.ERROR)
-        except (AttributeError, KeyError) as error:  # an override of a key that is not there
-            overrides = " ".join(a for a in argv if a.startswith("--config."))
-            _fail(f"no such key in the configuration: {_one_line(error)} ({overrides})")
         except (flags.Error, OSError, ValueError) as error:
             _fail(_one_line(error))
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}: options begin with --")
+        if Path(flags.FLAGS.workdir).is_file():
+            _fail(f"--workdir={flags.FLAGS.workdir} is a file: give a folder")
         return rest
 
     def guarded(_: list[str]) -> int | None:
@@ -60,11 +67,92 @@ def run(
     app.run(guarded, flags_parser=parse)
 
 
+class _ConfigFile(flags.ArgumentParser):
+    """Loads the file of --config; whatever is wrong with it or its overrides is a flags.Error.
+
+    Args:
+      argv: the command line, whose `--config.KEY` are to be set.
+    """
+
+    syntactic_help = "the path of a Python file with get_config(), then perhaps :VARIANT"
+
+    def __init__(self, argv: list[str]):
+        super().__init__()
+        matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
+        self._overrides = [match[1] for match in matches if match]
+
+    def parse(self, argument: str) -> ConfigDict:
+        file, colon, variant = argument.partition(":")
+        if not (Path(file).is_file() and file.endswith(".py")):
+            raise flags.Error(
+                f"--config={argument}: no such Python file, {_files_near(Path(file))}"
+            )
+        try:
+            get_config = _load(file).get_config
+            if colon and not inspect.signature(get_config).parameters:
+                raise ValueError("it has no variants, leave out the colon and what follows")
+            config = get_config(*([variant] if colon else []))
+            if not isinstance(config, ConfigDict):
+                raise ValueError(f"get_config() returns {config!r}, not a ConfigDict")
+        except Exception as error:
+            raise flags.Error(f"--config={argument}: {_place(error, file)}") from error
+        try:
+            for override in self._overrides:
+                _make_settable(config, override)
+        except ValueError as error:
+            raise flags.Error(str(error)) from error
+        return config.lock()
+
+
+def _files_near(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return f"and no folder {folder}"
+    files = ", ".join(sorted(file.name for file in folder.glob("*.py")))
+    return f"{folder} has {files or 'none'}"
+
+
+def _load(file: str) -> Any:
+    spec: Any = importlib.util.spec_from_file_location("config_file", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _place(error: Exception, file: str) -> str:
+    """What a configuration file says, preceded by its line where that is known."""
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(file).absolute()]
+    return f"line {lines[-1]}: {name}{error}" if lines else f"{name}{error}"
+
+
+def _make_settable(config: ConfigDict, override: str) -> None:
+    """Lets a flag set any option of an optimizer, and what is None, to a value of any type.
+
+    Raises:
+      ValueError: the configuration has no such key; all options are let in, `validate` knows them.
+    """
+    path, holder = "config", config
+    *parents, key = map(str, config_path.split(override))
+    for parent in parents:
+        check_known([parent], holder, path)
+        path, holder = f"{path}.{parent}", holder[parent]
+        if not isinstance(holder, ConfigDict):
+            raise ValueError(f"--config.{override}: {path} is {holder!r}, give it as a whole")
+    is_option = parents[-1:] == ["options"]
+    if not is_option:
+        check_known([key], holder, path)
+    if is_option or holder[key] is None:
+        value = holder.get(key)
+        with holder.ignore_type():
+            holder[key] = FieldReference(value, field_type=object)
+
+
 def _one_line(error: BaseException) -> str:
     if getattr(error, "errno", None) == errno.ENOSPC:
         return f"the disk is full ({error}): make room, then the same command goes on from here"
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
-    return re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"\s+", " ", str(error)).strip()
 
 
 def _fail(message: str) -> NoReturn:

@@ -4,8 +4,13 @@
 
 Writes DIR/metrics.jsonl (a line per step), DIR/checkpoints and DIR/result.json. Started again after
 any interruption it goes on, and ends with the same numbers. Start it on every host of a TPU pod or
-a GPU cluster, with a DIR that all of them see, and they train one model. SIGTERM makes it save and
-end with exit code 143.
+a GPU cluster, with a DIR that all of them see, and they train one model. Exit codes:
+
+    0    trained
+    2    refused: one line says what to change
+    3    diverged: the loss, or the gradient of many steps in a row, was not finite
+    130  interrupted from the keyboard
+    143  asked to stop by SIGTERM, and saved: the same command goes on from there
 
     --tensorboard            DIR/tensorboard, for `tensorboard --logdir=DIR`
     --wandb=PROJECT          Weights & Biases; the key comes from `wandb login` or WANDB_API_KEY
@@ -22,6 +27,8 @@ from experiments import command, monitors
 from mup_jax.training import Preempted, distributed, train, validate
 from mup_jax.training.throughput import Progress
 
+DIVERGED = 3  # exit code
+
 
 def main(flags: Any) -> int:
     distributed.initialize()
@@ -37,10 +44,17 @@ def main(flags: Any) -> int:
         except (OSError, ValueError) as error:
             distributed.leave(error)
             raise
+    loss = result["validation_loss"]
+    if loss is None:
+        print(
+            f"diverged: the norms in {workdir / 'metrics.jsonl'} show where it began; try a lower "
+            "learning rate or a longer warm-up, in another --workdir",
+            file=sys.stderr,
+        )
+        return DIVERGED
     if distributed.is_first():
-        loss = result["validation_loss"]
-        outcome = "diverged" if loss is None else f"validation loss {loss:.4f} nats per token"
-        print(f"{result['parameters']:,} parameters, {result['tokens']:,} tokens: {outcome}")
+        size = f"{result['parameters']:,} parameters, {result['tokens']:,} tokens"
+        print(f"{size}: validation loss {loss:.4f} nats per token")
         print(f"metrics, checkpoints and result.json are in {flags.workdir}")
     return 0
 

@@ -91,6 +91,15 @@ def check_workers(workers: int, platform: str) -> None:
         raise ValueError(f"config.platform={platform!r}: choose of {PLATFORMS}")
 
 
+def check_warmup(tokens: Any, path: str) -> None:
+    """Raises ValueError where an optimizer's own warm-up is neither a number of tokens nor None."""
+    if tokens is not None and not (isinstance(tokens, int) and tokens >= 0):
+        raise ValueError(
+            f"{path}.warmup_tokens={tokens!r}: give a whole number of tokens, or None for that of "
+            "config.train"
+        )
+
+
 def folder_of(cell: Cell, workdir: Path) -> Path:
     """The folder of a cell in that of all cells."""
     return workdir / "cells" / cell.name

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.cells.cell import Cell, Results, Task, Work, check_workers
+from experiments.cells.cell import Cell, Results, Task, Work, check_warmup, check_workers
 from mup_jax import data
 from mup_jax.models.llama import forward_flops_per_token, num_parameters
 from mup_jax.training import config as config_lib
@@ -132,6 +132,7 @@ class IsoFlop:
         for label, settings in config.optimizers.items():
             path = f"config.optimizers.{label}"
             config_lib.check_keys(settings, default_optimizer(), path)
+            check_warmup(settings.warmup_tokens, path)
             if "weight_decay_scaling" in settings.options:
                 raise ValueError(
                     f"{path}.options.weight_decay_scaling="

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.cells.cell import Cell, check_workers
+from experiments.cells.cell import Cell, check_warmup, check_workers
 from experiments.ladder.parametrizations import PARAMETRIZATIONS
 from mup_jax import data
 from mup_jax.analysis import series_name
@@ -262,6 +262,7 @@ class Ladder:
         for name, settings in config.optimizers.items():
             config_lib.check_optimizer(name, settings.options)
             config_lib.check_keys(settings, default_optimizer(), f"config.optimizers.{name}")
+            check_warmup(settings.warmup_tokens, f"config.optimizers.{name}")
             grids = {key: settings[key] for key in ("learning_rates", "embedding_readout_factors")}
             for parametrization, rates in settings.learning_rates_of.items():
                 _check_parametrization(parametrization, f"config.optimizers.{name}")

@@ -181,9 +181,10 @@ class Sweep:
                     f"{path}.parametrization={curve.settings.parametrization!r}: choose one of "
                     f"{PARAMETRIZATIONS}"
                 )
-            if not (curve.settings[config.swept] or 0) > 0:
+            middle = curve.settings[config.swept]
+            if not (isinstance(middle, (int, float)) and middle > 0):
                 raise ValueError(
-                    f"{path}.{config.swept}={curve.settings[config.swept]}: it is swept over its "
+                    f"{path}.{config.swept}={middle!r}: it is swept over its "
                     "multiples, give a value above 0"
                 )
             for size in self.sizes:

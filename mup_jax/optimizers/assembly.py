@@ -1,9 +1,12 @@
 """What the ready-made optimizers are put together from."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mup_jax.transfer import rules
@@ -13,6 +16,7 @@ from mup_jax.transfer.shapes import ROLES, map_shapes
 from mup_jax.transforms.matrices import PyTree
 
 Scalar = float | jax.Array
+Rate: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
 LearningRateScaling = Literal["mup", "constant", "1/width"]
 WeightDecayScaling = Literal["1/width", "constant", "coupled", "none"]
 
@@ -27,11 +31,11 @@ class Assembly:
       ValueError: unknown learning_rate_scaling or weight_decay_scaling.
     """
 
-    learning_rate: Scalar
+    learning_rate: Rate
     schedule: optax.Schedule | None
     weight_decay: Scalar
     shapes: PyTree | None
-    embedding_readout_learning_rate: Scalar | None
+    embedding_readout_learning_rate: Rate | None
     learning_rate_scaling: LearningRateScaling
     weight_decay_scaling: WeightDecayScaling
     scale_epsilon: bool = True
@@ -83,10 +87,15 @@ class Assembly:
         return optax.partition(dict.fromkeys(ROLES, other) | by_role, labels)
 
     def whole(self, scaled: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        """The optimizer that takes these steps, by the schedule and downhill."""
-        rate = optax.scale(self.learning_rate)
+        """The optimizer that takes these steps, by the schedule and downhill.
+
+        It computes with the promotion of dtypes that Optax needs, and with float16, whose range
+        does not hold the squares of gradients, in float32.
+        """
+        scale = functools.partial(optax.scale_by_learning_rate, flip_sign=False)
+        rate = scale(self.learning_rate)
         if self.embedding_readout_learning_rate is not None:
-            rate = self.route(optax.scale(self.embedding_readout_learning_rate), hidden=rate)
+            rate = self.route(scale(self.embedding_readout_learning_rate), hidden=rate)
         steps = [scaled, rate]
         if self.weight_decay_scaling != "coupled":
             steps.append(
@@ -94,8 +103,29 @@ class Assembly:
                     self.weight_decay, self.shapes, scaling=self.weight_decay_scaling
                 )
             )
-        return optax.chain(
+        chain = optax.chain(
             *steps,
             optax.scale_by_schedule(self.schedule or (lambda count: 1.0)),
             optax.scale(-1.0),
         )
+
+        def init(params: PyTree) -> Any:
+            with jax.numpy_dtype_promotion("standard"):
+                return chain.init(_in_range(params))
+
+        def update(
+            updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+        ) -> tuple[PyTree, Any]:
+            with jax.numpy_dtype_promotion("standard"):
+                new, state = chain.update(
+                    _in_range(updates), state, _in_range(params), **extra_args
+                )
+            return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_range(tree: PyTree) -> PyTree:
+    """A tree whose float16 leaves are in float32."""
+    is_half = lambda x: getattr(x, "dtype", None) == jnp.float16
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_half(x) else x, tree)

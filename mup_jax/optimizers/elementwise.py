@@ -5,7 +5,13 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from mup_jax.optimizers.assembly import Assembly, LearningRateScaling, Scalar, WeightDecayScaling
+from mup_jax.optimizers.assembly import (
+    Assembly,
+    LearningRateScaling,
+    Rate,
+    Scalar,
+    WeightDecayScaling,
+)
 from mup_jax.transfer import rules
 from mup_jax.transfer.rules import MeasuredOrGupta, Rule
 from mup_jax.transfer.shapes import map_shapes
@@ -23,12 +29,12 @@ _SOPHIA_GAMMA = {"hutchinson": 0.01, "gnb": 0.05}
 
 
 def adamw(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,
@@ -39,7 +45,8 @@ def adamw(
     """AdamW.
 
     Args:
-      learning_rate: η of the base model.
+      learning_rate: η of the base model, or a function of the step that gives it, which leaves λ as
+        it is.
       schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
       weight_decay: λ of the base model, per step; of matrices only.
       shapes: from `infer_shapes`; None for standard parametrization.
@@ -77,12 +84,12 @@ def adamw(
 
 
 def adopt(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.9999,
     eps: float = 1e-6,
@@ -120,12 +127,12 @@ def adopt(
 
 
 def lamb(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
@@ -172,12 +179,12 @@ def lamb(
 
 
 def lion(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.99,
     learning_rate_scaling: LearningRateScaling = "mup",
@@ -210,12 +217,12 @@ def lion(
 
 
 def sophia(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.96,
     b2: float = 0.99,
     gamma: float | None = None,

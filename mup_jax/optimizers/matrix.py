@@ -4,7 +4,13 @@ from typing import Any
 
 import optax
 
-from mup_jax.optimizers.assembly import Assembly, LearningRateScaling, Scalar, WeightDecayScaling
+from mup_jax.optimizers.assembly import (
+    Assembly,
+    LearningRateScaling,
+    Rate,
+    Scalar,
+    WeightDecayScaling,
+)
 from mup_jax.transfer import rules
 from mup_jax.transfer.rules import QiuOrRmsMatching, Rule
 from mup_jax.transforms.adamuon import scale_by_adamuon
@@ -19,12 +25,12 @@ from mup_jax.transforms.spectral_norm import normalize_rms, normalize_spectral_n
 
 
 def adamuon(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.95,
     b2: float = 0.95,
     eps: float = 1e-8,
@@ -86,12 +92,12 @@ def adamuon(
 
 
 def muon(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     beta: float = 0.95,
     nesterov: bool = True,
     eps: float = 1e-8,
@@ -160,12 +166,12 @@ def muon(
 
 
 def shampoo(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.95,
     b2: float = 0.98,
     eps: float = 1e-5,
@@ -249,12 +255,12 @@ def shampoo(
 
 
 def soap(
-    learning_rate: Scalar,
+    learning_rate: Rate,
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
     shapes: PyTree | None = None,
-    embedding_readout_learning_rate: Scalar | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,

@@ -6,9 +6,10 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 
@@ -34,6 +35,9 @@ _SET_BY_TRAINER = {
     "shapes",
     "weight_dimension_numbers",
 }
+# Options of optimizers: the factors of moving averages, and what means nothing at 0.
+_DECAYS = ("beta", "b1", "b2", "adam_b1", "adam_b2")
+_ABOVE_ZERO = ("exponent", "gamma", "max_preconditioner_dim", "update_interval")
 
 
 def default_settings() -> dict[str, Any]:
@@ -161,8 +165,8 @@ def check_known(keys: Iterable[str], known: Iterable[str], path: str) -> None:
     for key in keys:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown key {path}.{key}: {hint}")
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown key {path}.{key}: {hint}known are {', '.join(known)}")
 
 
 def check_keys(config: Any, reference: Any, path: str = "config") -> None:
@@ -175,13 +179,46 @@ def check_keys(config: Any, reference: Any, path: str = "config") -> None:
             check_keys(config[key], value, f"{path}.{key}")
 
 
+def check_number(path: str, value: Any, *, allow_zero: bool = False) -> None:
+    """Raises ValueError where a value is not a number, not finite, or not above 0."""
+    is_finite = isinstance(value, (int, float)) and math.isfinite(value)
+    if not is_finite or value < 0 or (value == 0 and not allow_zero):
+        or_zero = ", or 0 for none" if allow_zero else ""
+        raise ValueError(f"{path}={value!r}: give a positive, finite value{or_zero}")
+
+
 def check_optimizer(name: str, options: Any) -> None:
     """Raises ValueError for an optimizer, or an option of it, that does not exist or is refused."""
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    types = get_type_hints(OPTIMIZERS[name])
     known = [k for k in inspect.signature(OPTIMIZERS[name]).parameters if k not in _SET_BY_TRAINER]
     check_known(options, known, f"{name}.options")
+    for key, value in options.items():
+        _check_option(f"{name}.options.{key}", key, value, types[key])
     _check_options(name, json.dumps(dict(options)))
+
+
+def _check_option(path: str, key: str, value: Any, kind: Any) -> None:
+    if not _is_of(value, kind):
+        if get_origin(kind) is Literal:
+            raise ValueError(f"{path}={value!r}: choose one of {', '.join(get_args(kind))}")
+        raise ValueError(f"{path}={value!r}: give {inspect.formatannotation(kind)}")
+    if isinstance(value, (int, float)):
+        check_number(path, value, allow_zero=key not in _ABOVE_ZERO)
+        if key in _DECAYS and value >= 1:
+            raise ValueError(f"{path}={value!r}: choose one in [0, 1)")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type: a class, a Literal or a union."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(_is_of(value, member) for member in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 @functools.cache  # a sweep asks again and again
@@ -215,16 +252,14 @@ def validate(config: Config) -> None:
     for base in (False, True):
         model_config(config, vocab_size=1, base=base)
     for key in ("context", "batch_size", "eval_batches", "microbatches"):
-        if config[key] <= 0:
-            raise ValueError(f"config.{key}={config[key]}: give a positive value")
-    if given.embedding_readout_factor <= 0:
-        raise ValueError(
-            f"config.optimizer.embedding_readout_factor={given.embedding_readout_factor}: give a "
-            "positive value, 1 for one learning rate of all parameters"
-        )
+        check_number(f"config.{key}", config[key])
     for key in ("clip_norm", "checkpoint_every", "eval_every", "health_every"):
-        if config[key] < 0:
-            raise ValueError(f"config.{key}={config[key]}: give a positive value, or 0 for none")
+        check_number(f"config.{key}", config[key], allow_zero=True)
+    for key in ("learning_rate", "embedding_readout_factor"):
+        check_number(f"config.optimizer.{key}", given[key])
+    check_number("config.optimizer.weight_decay", given.weight_decay, allow_zero=True)
+    if given.epsilon is not None:
+        check_number("config.optimizer.epsilon", given.epsilon)
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"config.seed={config.seed}: choose one in [0, 2**31)")
     tokens_per_step = config.batch_size * config.context

@@ -64,7 +64,8 @@ class _Mesh:
         arrays = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
         shardings = [getattr(array, "sharding", None) for array in arrays]
         meshes = (s.mesh for s in shardings if isinstance(s, jax.NamedSharding))
-        of_devices = next((mesh for mesh in meshes if not mesh.empty), None)
+        is_concrete = lambda mesh: isinstance(mesh, jax.sharding.Mesh) and not mesh.empty
+        of_devices: Any = next(filter(is_concrete, meshes), None)
         return None if of_devices is None else jax.set_mesh(of_devices)
 
     @cached_property

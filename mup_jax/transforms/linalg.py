@@ -82,7 +82,7 @@ def _is_finite(x: jax.Array) -> jax.Array:
 def inverse_root(
     statistics: jax.Array,
     previous: jax.Array,
-    exponent: float,
+    exponent: float | jax.Array,
     *,
     eps: float,
     relative_eps: bool,
@@ -116,11 +116,11 @@ def inverse_root(
         return matmul(vectors * roots[..., None, :], vectors.mT)
 
     with_lapack = functools.partial(by_eigenvalues, _eigh)
-    p = round(1 / exponent)
-    if math.isclose(p * exponent, 1):
-        without = functools.partial(newton_root, p=p, ridge=ridge)
-    else:
-        without = functools.partial(by_eigenvalues, jacobi)
+    without: Callable[..., Any] = functools.partial(by_eigenvalues, jacobi)
+    if not isinstance(exponent, jax.Array):  # of a traced one it is not known
+        p = round(1 / exponent)
+        if math.isclose(p * exponent, 1):
+            without = functools.partial(newton_root, p=p, ridge=ridge)
     root = by_platform(statistics, cpu=with_lapack, gpu=with_lapack, tpu=without)
     root = jnp.where(_is_finite(root), root, previous)
     return jnp.where(trace(statistics) <= FLOOR, 0.0, root)

@@ -11,6 +11,7 @@ from mup_jax.transforms.blocking import Blocking, Sides
 from mup_jax.transforms.groups import Groups, MatrixGroups, State
 from mup_jax.transforms.linalg import batch_by_shape, inverse_root
 from mup_jax.transforms.matrices import WeightDimensionNumbers
+from mup_jax.transforms.platforms import check_static
 from mup_jax.transforms.refresh import Turns, check_frequency, refresh
 from mup_jax.transforms.statistics import (
     Factors,
@@ -40,7 +41,7 @@ def scale_by_shampoo(
     b2: float = 0.98,
     eps: float = 1e-5,
     *,
-    exponent: float = 0.5,
+    exponent: float | jax.Array = 0.5,
     relative_eps: bool = True,
     block_size: int | None = 512,
     max_preconditioner_dim: int = 10_000,
@@ -90,6 +91,12 @@ def scale_by_shampoo(
       `Scalable second order optimization <https://arxiv.org/abs/2002.09018>`_, 2020; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
+    check_static(
+        precondition_frequency=precondition_frequency,
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        preconditioner_dtype=preconditioner_dtype,
+    )
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
     check_frequency(precondition_frequency)
 

@@ -20,6 +20,7 @@ from mup_jax.transforms.linalg import (
     refine_eigenbasis,
 )
 from mup_jax.transforms.matrices import WeightDimensionNumbers
+from mup_jax.transforms.platforms import check_static
 from mup_jax.transforms.refresh import Turns, check_frequency, refresh
 from mup_jax.transforms.statistics import (
     Factors,
@@ -145,6 +146,13 @@ def scale_by_soap(
       Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
+    check_static(
+        precondition_frequency=precondition_frequency,
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        preconditioner_dtype=preconditioner_dtype,
+        exact_steps=exact_steps,
+    )
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
     check_frequency(precondition_frequency)
     if exact_steps < 1:

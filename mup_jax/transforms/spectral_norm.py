@@ -17,6 +17,7 @@ from mup_jax.transforms.matrices import (
     WeightDimensionNumbers,
     matrix_layouts,
 )
+from mup_jax.transforms.platforms import check_static
 
 
 class NormalizeSpectralNormState(NamedTuple):
@@ -84,6 +85,7 @@ def normalize_spectral_norm(
     References:
       Qiu et al., `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
+    check_static(iterations=iterations, first_iterations=first_iterations, first_steps=first_steps)
     if min(iterations, first_iterations) < 1:
         raise ValueError(
             f"iterations={iterations}, first_iterations={first_iterations}: give at least one"

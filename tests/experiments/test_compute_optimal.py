@@ -134,6 +134,10 @@ def test_a_report_of_what_has_finished():
         ({"optimizers": {"A": {**default_optimizer(), "optimizer": "sgd"}}}, "unknown optimizer"),
         ({"optimizers": {"A": {**default_optimizer(), "rate": 1.0}}}, "unknown key"),
         (
+            {"optimizers": {"A": {**default_optimizer(), "warmup_tokens": 0.5}}},
+            "config.optimizers.A.warmup_tokens=0.5: give a whole number of tokens",
+        ),
+        (
             {
                 "optimizers": {
                     "A": {

@@ -145,7 +145,7 @@ def test_presets(preset, vary):
     check_config(config)
     assert config.vary == vary
     assert config.optimizers.SOAP.expected_to_fail == (vary == "width")
-    with pytest.raises(ValueError, match=":batch: choose width or depth"):
+    with pytest.raises(ValueError, match="no variant 'batch': choose width or depth"):
         preset.get_config("batch")
 
 

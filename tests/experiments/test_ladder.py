@@ -305,6 +305,15 @@ def test_bad_ladders_are_refused_before_anything_runs(changes, message):
         Ladder(small_ladder(**changes))
 
 
+@pytest.mark.parametrize("tokens", ["many", 5e3, -1])
+def test_a_warm_up_that_is_no_number_of_tokens(tokens):
+    config = small_ladder()
+    with config.ignore_type():
+        config.optimizers.muon.warmup_tokens = tokens
+    with pytest.raises(ValueError, match=f"muon.warmup_tokens={tokens!r}: give a whole number"):
+        Ladder(config)
+
+
 def test_unknown_names_are_refused_with_a_suggestion():
     config = small_ladder()
     config.optimizers.mun = config.optimizers.muon

@@ -177,6 +177,10 @@ def test_optimizers_have_the_names_of_the_paper():
         ({"swept": "beta"}, "config.swept='beta': choose one of"),
         ({"swept": "weight_decay"}, "weight_decay=0.0: it is swept over its multiples"),
         ({"swept": "epsilon"}, "epsilon=None: it is swept"),
+        (
+            {"swept": "epsilon", "curves": {"A": {"x": {**default_curve(), "epsilon": "small"}}}},
+            "epsilon='small': it is swept",
+        ),
         ({"step": 1.0}, "config.step=1.0: give at least 1.1"),
         ({"seeds": (0, 0)}, "seeds"),
         ({"workers": 0}, "workers=0"),

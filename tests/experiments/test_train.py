@@ -59,6 +59,16 @@ def fail(run_command, config_file, capsys):
     [
         ("--config.model.widht=16", "widht"),
         ("--config.model.width=33", "width=33 is not a multiple of head_dim=8: choose width 32 or"),
+        ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate=nan: give a pos"),
+        ("--config.optimizer.learning_rate=-1", "config.optimizer.learning_rate=-1.0: give a pos"),
+        ("--config.optimizer.weight_decay=inf", "config.optimizer.weight_decay=inf: give a pos"),
+        ("--config.optimizer.epsilon=0", "config.optimizer.epsilon=0: give a positive, finite"),
+        (
+            "--config.optimizer.options.b_1=1",
+            "adamw.options.b_1: did you mean 'b1'? known are b1, b2",
+        ),
+        ("--config.optimizer.options.b1=nan", "adamw.options.b1='nan': give float"),
+        ("--config.mesh.fsdp=0", "config.mesh=data=-1, fsdp=0, tensor=1: give positive sizes"),
         ("--config.optimizer.name=adam", "unknown optimizer 'adam': choose one of adamw, muon"),
         ("--config.tokens=5", "config.tokens=5 is less than one batch of 128 tokens"),
         ("--config.batch_size=4", "config.batch_size=4 cannot be divided over data * fsdp = 8"),
@@ -99,21 +109,19 @@ def test_damaged_checkpoint(fail, tmp_path):
 
 def test_workdir_is_a_file(fail, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "file" in fail(f"--workdir={tmp_path / 'file'}")
+    workdir = f"--workdir={tmp_path / 'file'}"
+    assert fail(workdir) == f"error: {workdir} is a file: give a folder\n"
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("loss", "outcome"), [(1.23456, "validation loss 1.2346 nats per token"), (None, "diverged")]
-)
-def test_output(run_command, config_file, tmp_path, monkeypatch, capsys, loss, outcome):
+def test_output(run_command, config_file, tmp_path, monkeypatch, capsys):
     calls = []
 
     def fake_train(config, workdir, on_progress, *, observers, profile):
         calls.append((json.loads(to_json(config)), workdir, observers, profile))
         on_progress(Progress(16, 40, 4.25, 12345.6, mfu=0.5))
         on_progress(Progress(32, 40, None, 12345.6, mfu=None))
-        return {"validation_loss": loss, "parameters": 1234, "tokens": 5678}
+        return {"validation_loss": 1.23456, "parameters": 1234, "tokens": 5678}
 
     monkeypatch.setattr(train, "train", fake_train)
     arguments = [f"--config={config_file}", f"--workdir={tmp_path}", "--config.seed=3"]
@@ -121,9 +129,24 @@ def test_output(run_command, config_file, tmp_path, monkeypatch, capsys, loss, o
     progress, lost, summary, files = capsys.readouterr().out.splitlines()
     assert progress == "step 16/40  loss 4.2500  12,346 tokens/s  MFU 50.0%"
     assert lost == "step 32/40  loss not finite  12,346 tokens/s"
-    assert summary == f"1,234 parameters, 5,678 tokens: {outcome}"
+    assert summary == "1,234 parameters, 5,678 tokens: validation loss 1.2346 nats per token"
     assert files.endswith(str(tmp_path))
     assert calls == [(json.loads(to_json(tiny_config(seed=3))), tmp_path, [], range(5, 8))]
+
+
+def test_a_run_that_gave_up(run_command, config_file, tmp_path, monkeypatch, capsys):
+    def fake_train(*args, **options):
+        return {"validation_loss": None, "parameters": 1234, "tokens": 5678}
+
+    monkeypatch.setattr(train, "train", fake_train)
+    arguments = [f"--config={config_file}", f"--workdir={tmp_path}"]
+    assert run_command(entry_point, *arguments) == 3
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors == (
+        f"diverged: the norms in {tmp_path / 'metrics.jsonl'} show where it began; try a lower "
+        "learning rate or a longer warm-up, in another --workdir\n"
+    )
 
 
 def test_preemption(run_command, config_file, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,8 @@
 import copy
+import functools
 import json
+import re
+from math import inf, nan
 
 import pytest
 from ml_collections import ConfigDict
@@ -7,6 +10,7 @@ from ml_collections import ConfigDict
 from mup_jax.training import default_config, identity, validate
 from mup_jax.training.config import (
     MACHINE_KEYS,
+    check_optimizer,
     differences,
     epsilons_of,
     program_identity,
@@ -68,19 +72,13 @@ def test_valid(name):
             changed(optimizer__name="muon", optimizer__options=ConfigDict({"steps": 0})),
             r"muon\.options: steps=0",
         ),
-        (
-            changed(optimizer__name="soap", optimizer__options=ConfigDict({"block_size": "8"})),
-            r"soap\.options: ",
-        ),
         (changed(model__width=20), "width=20 is not a multiple of head_dim=8: choose width 16 or"),
         (changed(base__width=20), "width=20 is not a multiple of head_dim=8"),
         (changed(model__depth=0), "depth=0: choose a positive value"),
         (changed(tokens=127), r"config\.tokens=127 is less than one batch of 128 tokens"),
         (changed(warmup_tokens=40 * 128), r"warmup_tokens=5120: choose less than tokens=5120"),
-        (changed(warmup_tokens=-1), r"warmup_tokens=-1"),
-        (changed(clip_norm=-1.0), r"config\.clip_norm=-1\.0: give a positive value, or 0 for none"),
-        (changed(context=0), r"config\.context=0: give a positive value"),
-        (changed(checkpoint_every=-1), r"config\.checkpoint_every=-1"),
+        (changed(clip_norm=-1.0), r"config\.clip_norm=-1\.0: give a positive, finite value, or 0 "),
+        (changed(context=0), r"config\.context=0: give a positive, finite value"),
         (changed(model__mlp="relu"), r"mlp='relu': choose one of swiglu, gelu"),
         (changed(model__positions="none"), r"config\.model\.positions='none': choose of"),
         (
@@ -88,17 +86,104 @@ def test_valid(name):
             r"config\.optimizer\.epsilon: lion has none, leave it None",
         ),
         (changed(dtype="float16"), r"config\.dtype='float16': choose of"),
-        (changed(microbatches=0), r"config\.microbatches=0: give a positive value"),
         (changed(remat="some"), r"remat='some': choose one of none, dots, full"),
         (changed(attention="flash"), r"attention='flash': choose one of"),
-        (changed(health_every=-1), r"config\.health_every=-1"),
         (changed(seed=-1), r"config\.seed=-1: choose one in"),
-        (changed(seed=2**31), r"config\.seed=2147483648"),
     ],
 )
 def test_errors(config, message):
     with pytest.raises(ValueError, match=message):
         validate(config)
+
+
+NUMBERS = {
+    "seed": (-1, 2**31),
+    "model__width": (0, -16),
+    "model__depth": (0, -1),
+    "model__head_dim": (0, -8),
+    "model__mlp_ratio": (0, -1),
+    "base__width": (0, -16),
+    "base__depth": (0, -1),
+    "context": (0, -1),
+    "batch_size": (0, -1),
+    "tokens": (0, -1),
+    "warmup_tokens": (-1, 40 * 128),
+    "optimizer__learning_rate": (nan, inf, 0.0, -1.0),
+    "optimizer__embedding_readout_factor": (nan, inf, 0.0, -1.0),
+    "optimizer__weight_decay": (nan, inf, -1.0),
+    "optimizer__epsilon": (nan, inf, 0.0, -1.0, "small"),
+    "clip_norm": (nan, inf, -1.0),
+    "eval_batches": (0, -1),
+    "eval_every": (-1,),
+    "checkpoint_every": (-1,),
+    "microbatches": (0, -1),
+    "health_every": (-1,),
+}
+
+
+def test_every_number_is_checked():
+    numbers = {
+        key
+        for key in leaves(default_config())
+        if type(functools.reduce(getattr, key.split("__"), default_config())) in (int, float)
+    }
+    # The sizes of a mesh are checked where the devices are known.
+    assert numbers - {*NUMBERS} == {"mesh__data", "mesh__fsdp", "mesh__tensor"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in NUMBERS.items() for value in values]
+)
+def test_numbers_that_mean_nothing(key, value):
+    with pytest.raises(ValueError, match=f"{key.rpartition('__')[2]}={re.escape(repr(value))}"):
+        validate(changed(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "remedy"),
+    [
+        ("adamw", "b1", nan, "give a positive, finite value"),
+        ("adamw", "b2", 1.0, r"choose one in \[0, 1\)"),
+        ("muon", "beta", -0.5, "give a positive, finite value, or 0 for none"),
+        ("lamb", "eps", -1, "give a positive, finite value, or 0 for none"),
+        ("shampoo", "exponent", 0.0, "give a positive, finite value$"),
+        ("shampoo", "exponent", inf, "give a positive, finite value$"),
+        ("soap", "max_preconditioner_dim", 0, "give a positive, finite value$"),
+        ("sophia", "update_interval", 0, "give a positive, finite value$"),
+        ("soap", "block_size", 1.5, r"give int \| None"),
+        ("soap", "block_size", True, r"give int \| None"),
+        ("soap", "eps", "1e-8", "give float"),
+        ("shampoo", "grafted", "no", "give bool"),
+        ("shampoo", "stagger", 1, "give bool"),
+        ("muon", "variant", "q", "choose one of qiu, rms_matching"),
+        ("lion", "weight_decay_scaling", None, "choose one of 1/width, constant, coupled, none"),
+    ],
+)
+def test_options_that_mean_nothing(name, option, value, remedy):
+    message = f"{name}.options.{option}={re.escape(repr(value))}: {remedy}"
+    with pytest.raises(ValueError, match=message):
+        check_optimizer(name, {option: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("soap", {"block_size": None, "eps": 1e-6, "stagger": False, "exact_steps": 2}),
+        ("shampoo", {"exponent": 1, "adam_eps": 0.0, "weight_decay_scaling": "none"}),
+        ("sophia", {"gamma": None, "seed": 3}),
+    ],
+)
+def test_options(name, options):
+    check_optimizer(name, options)
+
+
+def test_a_misspelt_option_is_told_all_that_there_are():
+    message = (
+        r"unknown key lion\.options\.b_1: did you mean 'b1'\? known are b1, b2, "
+        "learning_rate_scaling, weight_decay_scaling"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_optimizer("lion", {"b_1": 0.5})
 
 
 CHANGES = {

@@ -131,6 +131,48 @@ def test_updates_are_those_of_one_device(name, axis_type):
             assert got[0][leaf].sharding.is_equivalent_to(x.sharding, x.ndim)
 
 
+OUTSIDE = {"replicated": ((16, 16), jax.P()), "divided": ((16, 16), jax.P("data", None))}
+QUICK_OUTSIDE = ["muon-Auto-eager", "muon-Explicit-eager", "shampoo_blocks-Auto-jit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "axis_type", "how"),
+    [
+        pytest.param(
+            name, kind, how, marks=[] if key in QUICK_OUTSIDE else pytest.mark.slow, id=key
+        )
+        for name in TRANSFORMATIONS
+        for kind in AXIS_TYPES
+        for how in ("eager", "jit", "out_shardings")
+        for key in [f"{name}-{kind.name}-{how}"]
+        # There JAX itself asks for `jax.set_mesh`, as for Optax's Adam.
+        if not (kind == AxisType.Explicit and how == "jit" and name in ("adamuon", "graft"))
+    ],
+)
+def test_parameters_on_a_mesh_outside_set_mesh(name, axis_type, how):
+    """As data-parallel users have them: arrays with a sharding, and nothing said of the mesh."""
+    trees = gradients(OUTSIDE, steps=2)
+    want, _ = run(TRANSFORMATIONS[name](weight_dimension_numbers=None), trees)
+    mesh = make_mesh(axis_type)
+    sharded = [put(tree, OUTSIDE, mesh) for tree in trees]
+    transformation = TRANSFORMATIONS[name](weight_dimension_numbers=None)
+    init = transformation.init
+    if how != "eager":
+        abstract = jax.eval_shape(init, sharded[0])
+        replicated = jax.NamedSharding(mesh, jax.P())
+        shardings = jax.tree.map(lambda _: replicated, abstract)
+        init = jax.jit(init, **({} if how == "jit" else {"out_shardings": shardings}))
+    state = init(sharded[0])
+    update = jax.jit(transformation.update)
+    for tree, expected in zip(sharded, want, strict=True):
+        updates, state = update(tree, state, sharded[0])
+        for leaf in OUTSIDE:
+            error = np.abs(np.asarray(updates[leaf]) - np.asarray(expected[leaf])).max()
+            assert error <= 2e-2 * np.abs(expected[leaf]).max()
+            if axis_type == AxisType.Explicit:
+                assert updates[leaf].sharding.is_equivalent_to(tree[leaf].sharding, 2)
+
+
 # A Llama's layers, as fully sharded and tensor-parallel training has them.
 D, F, L = 64, 128, 16
 FSDP = {

@@ -1,0 +1,241 @@
+"""Every transformation and whole optimizer under the settings that people train with.
+
+Errors of dtype and rank come up where a program is traced, so most of this compiles nothing.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mup_jax
+
+BLOCKS = {"block_size": 4, "precondition_frequency": 2}
+
+
+def params_of(width, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embed": (7, width),
+        "up": (width, 3 * width),
+        "down": (3 * width, width),
+        "gain": (width,),
+        "readout": (width, 7),
+    }
+    return {key: rng.normal(size=shape).astype(dtype) for key, shape in shapes.items()}
+
+
+def matrices(tree):
+    return {key: x for key, x in tree.items() if x.ndim > 1}
+
+
+SHAPES = mup_jax.infer_shapes(params_of(4), params_of(8))
+
+
+def loss_fn(params):
+    x = params["embed"] * params["gain"][None]
+    return jnp.sum(jnp.square(x @ params["up"] @ params["down"] @ params["readout"]))
+
+
+TRANSFORMATIONS = {
+    "muon": mup_jax.scale_by_muon,
+    "muon, newton_schulz": lambda: mup_jax.scale_by_muon(orthogonalizer="newton_schulz"),
+    "muon, svd": lambda: mup_jax.scale_by_muon(orthogonalizer="svd"),
+    "adamuon": mup_jax.scale_by_adamuon,
+    "shampoo": lambda: mup_jax.scale_by_shampoo(**BLOCKS),
+    "shampoo to the 0.3": lambda: mup_jax.scale_by_shampoo(exponent=0.3, **BLOCKS),
+    "soap": lambda: mup_jax.scale_by_soap(**BLOCKS),
+    "soap, one side": lambda: mup_jax.scale_by_soap(sides="in", **BLOCKS),
+    "graft": lambda: mup_jax.graft(optax.scale_by_rms(), mup_jax.scale_by_shampoo(**BLOCKS)),
+    "normalize_spectral_norm": mup_jax.normalize_spectral_norm,
+    "normalize_rms": mup_jax.normalize_rms,
+    "weight decay": lambda: mup_jax.add_independent_weight_decay(0.1, SHAPES),
+    "mup": lambda: mup_jax.mup(mup_jax.scale_by_muon(), mup_jax.rules.muon(), SHAPES),
+}
+
+
+def whole(name):
+    options = {"block_size": 4} if name in ("shampoo", "soap") else {}
+    return getattr(mup_jax, name)(
+        0.1,
+        schedule=lambda count: 1 / (1 + count),
+        shapes=SHAPES,
+        weight_decay=0.01,
+        embedding_readout_learning_rate=0.05,
+        **options,
+    )
+
+
+NAMES = ("adamw", "muon", "adamuon", "shampoo", "soap", "lamb", "adopt", "lion", "sophia")
+OPTIMIZERS = {f"whole {name}": functools.partial(whole, name) for name in NAMES}
+SUBJECTS = TRANSFORMATIONS | OPTIMIZERS
+
+MODES = {
+    "plain": contextlib.nullcontext,
+    "x64": lambda: jax.enable_x64(True),
+    "strict promotion of dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "no promotion of ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "checking leaks": jax.checking_leaks,
+}
+
+
+def start(name, dtype=np.float32):
+    """A transformation, and parameters for it."""
+    transformation = SUBJECTS[name]()
+    params = params_of(8, dtype)
+    if name not in OPTIMIZERS:
+        params = matrices(params)
+    return optax.with_extra_args_support(transformation), params
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def step(transformation):
+    return lambda g, state, p: transformation.update(g, state, p, obj_fn=loss_fn)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_types_are_kept(name, mode, dtype):
+    """Updates have the dtype of the gradients, and the state those that it began with."""
+    if dtype == "float64" and mode != "x64":
+        pytest.skip("there is no float64")
+    if mode != "plain" and "float16" in dtype:
+        pytest.skip("as float32")
+    if name == "graft" and mode.startswith("strict"):
+        pytest.skip("scale_by_rms is Optax's, which needs promotion")
+    with MODES[mode]():
+        transformation, params = start(name, dtype)
+        state = jax.eval_shape(transformation.init, params)
+        updates, new = jax.eval_shape(step(transformation), params, state, params)
+    assert types(updates) == types(params)
+    assert types(new) == types(state)
+    if name in TRANSFORMATIONS and name != "graft":
+        kept = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+        assert kept <= {jnp.dtype(jnp.float32)}
+
+
+def run(name, dtype=np.float32, guard=contextlib.nullcontext):
+    transformation, params = start(name, dtype)
+    params = jax.tree.map(jnp.asarray, params)
+    state = jax.jit(transformation.init)(params)
+    update = jax.jit(step(transformation))
+    results = []
+    for scale in (1.0, -0.5, 2.0):
+        gradient = jax.tree.map(lambda x, scale=scale: (scale * x + x**2).astype(x.dtype), params)
+        with guard():
+            updates, state = update(gradient, state, params)
+        results.append(jax.tree.map(np.asarray, updates))
+    return results
+
+
+VALUED = ["muon", "shampoo", "soap", "normalize_spectral_norm"]
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS if name not in VALUED]
+
+
+@pytest.mark.parametrize("name", [*VALUED, *LONG])
+def test_x64_changes_no_value(name):
+    """Float64 matrices are computed in float32, for which iterations and floors are made."""
+    if name == "whole sophia":
+        pytest.skip("its random vectors are others in x64")
+    want = run(name)
+    with jax.enable_x64(True):
+        same, wide = run(name), run(name, np.float64)
+    for got in (same, wide):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert np.abs(a - b).max() <= 1e-3 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", [*VALUED, *LONG])
+def test_numbers_are_finite_and_stay_where_they_are(name):
+    with jax.debug_nans(True):
+        run(name, guard=lambda: jax.transfer_guard("disallow"))
+
+
+@pytest.mark.parametrize("name", [*VALUED[:1], *LONG])
+def test_without_jit(name):
+    with jax.disable_jit():
+        transformation, params = start(name)
+        state = transformation.init(params)
+        updates, _ = step(transformation)(params, state, params)
+    want, _ = jax.jit(step(transformation))(params, transformation.init(params), params)
+    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() <= 1e-3 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap", "lamb", "adopt"])
+def test_small_float16_gradients_give_finite_updates(name):
+    """1e-8, the ε of Adam, is zero in float16, and so are squares of entries of 1e-4."""
+    params = {"w": jnp.ones((6, 4), jnp.float16)}
+    gradient = {"w": (1e-4 * jax.random.normal(jax.random.key(0), (6, 4))).astype(jnp.float16)}
+    gradient["w"] = gradient["w"].at[2].set(0)
+    optimizer = getattr(mup_jax, name)(0.1)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(optimizer.update)(gradient, state, params)
+    assert updates["w"].dtype == jnp.float16
+    assert np.isfinite(updates["w"]).all()
+    assert np.abs(updates["w"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_complex_matrices_are_refused_by_name(name):
+    if name in ("weight decay", "mup"):
+        pytest.skip("works on any numbers, or leaves them to another")
+    gradient = {"w": jnp.eye(3, dtype=complex)}
+    transformation = TRANSFORMATIONS[name]()
+    with pytest.raises(ValueError, match=r"\['w'\] is complex.*optax\.partition"):
+        transformation.update(gradient, transformation.init(gradient), gradient)
+
+
+# Hyperparameters that are no constants
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_a_learning_rate_may_be_a_schedule(name):
+    params = matrices(params_of(8))
+    decay = lambda count: 0.1 / (1 + count)
+    got, want = (
+        getattr(mup_jax, name)(rate, schedule=schedule)
+        for rate, schedule in ((decay, None), (0.1, lambda count: 1 / (1 + count)))
+    )
+    states = got.init(params), want.init(params)
+    for _ in range(2):
+        updates, first = got.update(params, states[0], params)
+        expected, second = want.update(params, states[1], params)
+        states = first, second
+        for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["scale_by_soap", "scale_by_shampoo", "soap", "shampoo"])
+def test_injected_hyperparameters(name):
+    make = getattr(mup_jax, name)
+    gradient = {"w": jax.random.normal(jax.random.key(0), (6, 4))}
+    rates = {} if name.startswith("scale") else {"learning_rate": 0.1}
+    with pytest.raises(ValueError, match=r"precondition_frequency.*static_args=\('precond"):
+        optax.inject_hyperparams(make)(**rates).init(gradient)
+    static = ["precondition_frequency", "block_size", "max_preconditioner_dim"]
+    static += ["exact_steps"] if "soap" in name else []
+    static += ["preconditioner_dtype"] if name.startswith("scale") else []
+    injected = optax.inject_hyperparams(make, static_args=static)(**rates)
+    (got, _), (want, _) = (
+        tx.update(gradient, tx.init(gradient), gradient) for tx in (injected, make(**rates))
+    )
+    # A traced exponent or decay is rounded to float32.
+    assert np.abs(got["w"] - want["w"]).max() <= 1e-3 * np.abs(want["w"]).max()
+
+
+def test_none_for_a_leaf_is_refused():
+    """Optax's Muon leaves such a leaf to Adam; a transformation of matrices has none."""
+    numbers = {"embed": None, "w": optax.contrib.MuonDimensionNumbers(0, 1)}
+    transformation = mup_jax.scale_by_muon(weight_dimension_numbers=numbers)
+    with pytest.raises(ValueError, match=r"None for \['embed'\].*optax\.partition"):
+        transformation.init({"embed": jnp.ones((9, 4)), "w": jnp.ones((4, 4))})
