@@ -27,10 +27,10 @@ def mixed_tree():
 
 
 MIXED_NUMBERS = {
-    "plain": None,
+    "plain": MuonDimensionNumbers(),
     "transposed": MuonDimensionNumbers(1, 0),
     "layers": MuonDimensionNumbers(-2, -1),
-    "half": None,
+    "half": MuonDimensionNumbers(),
     "masked": None,
 }
 

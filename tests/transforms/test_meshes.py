@@ -52,7 +52,7 @@ LEAVES = {
     "uneven": ((3, 24, 24), jax.P(None, "data", None)),
     "replicated": ((16, 16), jax.P()),
 }
-NUMBERS = {name: STACKED if len(shape) == 3 else None for name, (shape, _) in LEAVES.items()}
+NUMBERS = dict.fromkeys(LEAVES, STACKED)
 
 
 def make_mesh(axis_type, shape=(4, 2)):
