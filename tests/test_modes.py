@@ -233,6 +233,33 @@ def test_injected_hyperparameters(name):
     assert np.abs(got["w"] - want["w"]).max() <= 1e-3 * np.abs(want["w"]).max()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mup_jax.scale_by_muon(beta=1.0), "beta=1.0"),
+        (lambda: mup_jax.scale_by_muon(eps=-1), "eps=-1"),
+        (lambda: mup_jax.scale_by_adamuon(b2=1.5), "b2=1.5"),
+        (lambda: mup_jax.scale_by_adamuon(muon_eps=float("nan")), "muon_eps=nan"),
+        (lambda: mup_jax.scale_by_shampoo(exponent=-1), "exponent=-1"),
+        (lambda: mup_jax.scale_by_shampoo(b1=-0.1), "b1=-0.1"),
+        (lambda: mup_jax.scale_by_shampoo(eps=-1), "eps=-1"),
+        (lambda: mup_jax.scale_by_soap(b2=1), "b2=1"),
+        (lambda: mup_jax.scale_by_soap(eps=float("inf")), "eps=inf"),
+        (lambda: mup_jax.scale_by_sophia_g(gamma=0), "gamma=0"),
+        (lambda: mup_jax.graft(optax.identity(), optax.identity(), eps=-1), "eps=-1"),
+        (lambda: mup_jax.adamw(0.1, b1=1.0), "b1=1.0"),
+        (lambda: mup_jax.muon(0.1, adam_eps=-1e-8), "eps=-1e-08"),
+        (lambda: mup_jax.adopt(0.1, b1=1), "b1=1"),
+        (lambda: mup_jax.lamb(0.1, eps=-1), "eps=-1"),
+        (lambda: mup_jax.lion(0.1, b2=2), "b2=2"),
+        (lambda: mup_jax.sophia(0.1, eps=0), "eps=0"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_none_for_a_leaf_is_refused():
     """Optax's Muon leaves such a leaf to Adam; a transformation of matrices has none."""
     numbers = {"embed": None, "w": optax.contrib.MuonDimensionNumbers(0, 1)}

@@ -14,6 +14,7 @@ from mup_jax.transfer.mup import add_independent_weight_decay, mup
 from mup_jax.transfer.rules import PowerLaw, Rule
 from mup_jax.transfer.shapes import ROLES, map_shapes
 from mup_jax.transforms.matrices import PyTree
+from mup_jax.transforms.options import check_decays, check_not_negative
 
 Scalar = float | jax.Array
 Rate: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
@@ -72,6 +73,8 @@ class Assembly:
         return optax.chain(by_rule, decay)
 
     def adam(self, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+        check_decays(b1=b1, b2=b2)
+        check_not_negative(eps=eps)
         return self.scaled(optax.scale_by_adam(b1, b2, eps), rules.adam())
 
     def route(

@@ -21,6 +21,7 @@ from mup_jax.transforms.matrices import (
     dimension_numbers,
     matrix_layout,
 )
+from mup_jax.transforms.options import check_decays, check_not_negative, check_positive
 from mup_jax.transforms.sophia import scale_by_sophia_g
 
 Curvature = Literal["hutchinson", "gnb"]
@@ -112,6 +113,8 @@ def adopt(
     References:
       Taniguchi et al., `ADOPT <https://arxiv.org/abs/2411.02853>`_, 2024.
     """
+    check_decays(b1=b1, b2=b2)
+    check_not_negative(eps=eps)
     direction = optax.contrib.scale_by_adopt(b1, b2, eps)
     of = Assembly(
         learning_rate,
@@ -162,6 +165,8 @@ def lamb(
     References:
       You et al., `LAMB <https://arxiv.org/abs/1904.00962>`_, 2019.
     """
+    check_decays(b1=b1, b2=b2)
+    check_not_negative(eps=eps)
     direction = optax.chain(
         optax.scale_by_adam(b1, b2, eps), _scale_by_trust_ratio(weight_dimension_numbers)
     )
@@ -204,6 +209,7 @@ def lion(
     References:
       Chen et al., `Lion <https://arxiv.org/abs/2302.06675>`_, 2023.
     """
+    check_decays(b1=b1, b2=b2)
     of = Assembly(
         learning_rate,
         schedule,
@@ -270,6 +276,8 @@ def sophia(
             b1, b2, gamma, eps, update_interval=update_interval, seed=seed
         )
     else:
+        check_decays(b1=b1, b2=b2)
+        check_positive(gamma=gamma, eps=eps)
         estimator = optax.contrib.hutchinson_estimator_diag_hessian(jax.random.PRNGKey(seed))
         whole = optax.contrib.sophia(
             1.0,

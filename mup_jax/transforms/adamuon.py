@@ -9,6 +9,7 @@ import optax
 from mup_jax.transforms.linalg import Orthogonalizer
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.muon import ScaleByMuonState, scale_by_muon
+from mup_jax.transforms.options import check_decays, check_not_negative
 from mup_jax.transforms.statistics import missing
 
 
@@ -60,6 +61,8 @@ def scale_by_adamuon(
       Si et al., `AdaMuon <https://arxiv.org/abs/2507.11005>`_, 2025; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
+    check_decays(b1=b1, b2=b2)
+    check_not_negative(eps=eps, muon_eps=muon_eps)
     muon = scale_by_muon(
         b1,
         nesterov=nesterov,

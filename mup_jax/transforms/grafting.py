@@ -13,6 +13,7 @@ from mup_jax.transforms.matrices import (
     leaf_name,
     matrix_layout,
 )
+from mup_jax.transforms.options import check_not_negative
 
 
 class GraftState(NamedTuple):
@@ -67,6 +68,7 @@ def graft(
       Agarwal et al., `Disentangling adaptive gradient methods <https://arxiv.org/abs/2002.11803>`_,
       2020.
     """
+    check_not_negative(eps=eps)
     magnitude = optax.with_extra_args_support(magnitude)
     direction = optax.with_extra_args_support(direction)
 

@@ -11,6 +11,7 @@ import optax
 from mup_jax.transforms.groups import Groups, MatrixGroups, State
 from mup_jax.transforms.linalg import Orthogonalizer, check_orthogonalizer, orthogonalize
 from mup_jax.transforms.matrices import WeightDimensionNumbers
+from mup_jax.transforms.options import check_decays, check_not_negative
 from mup_jax.transforms.statistics import ema
 
 ShapeFactor = Literal["none", "spectral", "jordan", "rms"]
@@ -86,6 +87,8 @@ def scale_by_muon(
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
     check_orthogonalizer(orthogonalizer, steps)
+    check_decays(beta=beta)
+    check_not_negative(eps=eps)
     if shape_factor not in SHAPE_FACTORS:
         raise ValueError(f"shape_factor={shape_factor!r}: choose from {', '.join(SHAPE_FACTORS)}")
 

@@ -47,21 +47,6 @@ def by_platform(
     return jax.lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
 
 
-def check_static(**options: Any) -> None:
-    """Refuses what shapes the program and is traced, as `optax.inject_hyperparams` does to numbers.
-
-    Raises:
-      ValueError: an option is an array.
-    """
-    for name, value in options.items():
-        if isinstance(value, jax.Array):
-            names = ", ".join(map(repr, options))
-            raise ValueError(
-                f"{name} shapes the program and cannot be an array: with optax.inject_hyperparams "
-                f"say static_args=({names})"
-            )
-
-
 def _lapack_takes_turns() -> bool:
     several = (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

@@ -11,7 +11,12 @@ from mup_jax.transforms.blocking import Blocking, Sides
 from mup_jax.transforms.groups import Groups, MatrixGroups, State
 from mup_jax.transforms.linalg import batch_by_shape, inverse_root
 from mup_jax.transforms.matrices import WeightDimensionNumbers
-from mup_jax.transforms.platforms import check_static
+from mup_jax.transforms.options import (
+    check_decays,
+    check_not_negative,
+    check_positive,
+    check_static,
+)
 from mup_jax.transforms.refresh import Turns, check_frequency, refresh
 from mup_jax.transforms.statistics import (
     Factors,
@@ -97,6 +102,9 @@ def scale_by_shampoo(
         max_preconditioner_dim=max_preconditioner_dim,
         preconditioner_dtype=preconditioner_dtype,
     )
+    check_decays(b1=b1, b2=b2)
+    check_not_negative(eps=eps)
+    check_positive(exponent=exponent)
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
     check_frequency(precondition_frequency)
 

@@ -20,7 +20,7 @@ from mup_jax.transforms.linalg import (
     refine_eigenbasis,
 )
 from mup_jax.transforms.matrices import WeightDimensionNumbers
-from mup_jax.transforms.platforms import check_static
+from mup_jax.transforms.options import check_decays, check_not_negative, check_static
 from mup_jax.transforms.refresh import Turns, check_frequency, refresh
 from mup_jax.transforms.statistics import (
     Factors,
@@ -153,6 +153,8 @@ def scale_by_soap(
         preconditioner_dtype=preconditioner_dtype,
         exact_steps=exact_steps,
     )
+    check_decays(b1=b1, b2=b2)
+    check_not_negative(eps=eps)
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
     check_frequency(precondition_frequency)
     if exact_steps < 1:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mup_jax.transforms.matrices import PyTree
+from mup_jax.transforms.options import check_decays, check_positive
 
 Logits = Callable[[PyTree], jax.Array]
 
@@ -97,6 +98,8 @@ def scale_by_sophia_g(
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, algorithms 2 and 3.
     """
+    check_decays(b1=b1, b2=b2)
+    check_positive(gamma=gamma, eps=eps)
     if update_interval < 1:
         raise ValueError(f"update_interval={update_interval}: give a positive number of steps")
 

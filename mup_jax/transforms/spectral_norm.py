@@ -17,7 +17,7 @@ from mup_jax.transforms.matrices import (
     WeightDimensionNumbers,
     matrix_layouts,
 )
-from mup_jax.transforms.platforms import check_static
+from mup_jax.transforms.options import check_static
 
 
 class NormalizeSpectralNormState(NamedTuple):
