@@ -260,6 +260,16 @@ def test_values_that_mean_nothing_are_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize("name", ["muon", "adamuon", "shampoo"])
+def test_an_optimizer_of_hidden_matrices_says_that_it_needs_shapes(name, recwarn):
+    with pytest.warns(UserWarning, match=r"without shapes=.*infer_shapes.*hidden_only=False"):
+        getattr(mup_jax, name)(0.1)
+    recwarn.clear()
+    getattr(mup_jax, name)(0.1, shapes=SHAPES)
+    getattr(mup_jax, name)(0.1, hidden_only=False)
+    assert not recwarn
+
+
 def test_none_for_a_leaf_is_refused():
     """Optax's Muon leaves such a leaf to Adam; a transformation of matrices has none."""
     numbers = {"embed": None, "w": optax.contrib.MuonDimensionNumbers(0, 1)}

@@ -277,7 +277,7 @@ def sophia(
         )
     else:
         check_decays(b1=b1, b2=b2)
-        check_positive(gamma=gamma, eps=eps)
+        check_positive(gamma=gamma, eps=eps, update_interval=update_interval)
         estimator = optax.contrib.hutchinson_estimator_diag_hessian(jax.random.PRNGKey(seed))
         whole = optax.contrib.sophia(
             1.0,

@@ -1,5 +1,6 @@
 """Optimizers with a preconditioned direction for matrices, and Adam for the other parameters."""
 
+import warnings
 from typing import Any
 
 import optax
@@ -121,8 +122,9 @@ def muon(
         learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
       beta, nesterov, eps, orthogonalizer, steps, weight_dimension_numbers: as in `scale_by_muon`.
       variant: of `rules.muon`.
-      hidden_only: whether embedding and readout are left to Adam ("Muon-Adam" of Qiu et al.);
-        otherwise they take the direction too ("Muon"), and vectors alone have Adam.
+      hidden_only: whether embedding and readout are left to Adam ("Muon-Adam" of Qiu et al.), for
+        which it needs `shapes`; otherwise they take the direction too ("Muon"), and vectors alone
+        have Adam.
       spectral_norm: whether to follow the direction by `normalize_spectral_norm`, on embeddings by
         `normalize_rms`; η of what is normalized is the same at every size.
       adam_b1: decay of Adam's momentum.
@@ -338,6 +340,14 @@ def _on_matrices(
     numbers: WeightDimensionNumbers,
 ) -> dict[str, optax.GradientTransformation]:
     """The direction by its rule, for each role that has it."""
+    if hidden_only and of.shapes is None:
+        warnings.warn(
+            "without shapes= nothing tells embedding, readout and stacked vectors from hidden "
+            "matrices, so that every leaf of two axes or more takes the direction: give "
+            "shapes=mup_jax.infer_shapes(base_params, params), with roles= for the base model "
+            "itself, or say hidden_only=False",
+            stacklevel=3,
+        )
     roles = ("hidden",) if hidden_only else ("embedding", "hidden", "readout")
     return {
         role: of.scaled(

@@ -142,14 +142,14 @@ def test_numbers_that_mean_nothing(key, value):
 @pytest.mark.parametrize(
     ("name", "option", "value", "remedy"),
     [
-        ("adamw", "b1", nan, "give a positive, finite value"),
+        ("adamw", "b1", nan, r"choose one in \[0, 1\)"),
         ("adamw", "b2", 1.0, r"choose one in \[0, 1\)"),
-        ("muon", "beta", -0.5, "give a positive, finite value, or 0 for none"),
-        ("lamb", "eps", -1, "give a positive, finite value, or 0 for none"),
-        ("shampoo", "exponent", 0.0, "give a positive, finite value$"),
-        ("shampoo", "exponent", inf, "give a positive, finite value$"),
-        ("soap", "max_preconditioner_dim", 0, "give a positive, finite value$"),
-        ("sophia", "update_interval", 0, "give a positive, finite value$"),
+        ("muon", "beta", -0.5, r"choose one in \[0, 1\)"),
+        ("lamb", "eps", -1, "give a finite value, at least 0"),
+        ("shampoo", "exponent", 0.0, "give a finite value above 0"),
+        ("shampoo", "exponent", inf, "give a finite value above 0"),
+        ("soap", "max_preconditioner_dim", 0, "raise the limit"),
+        ("sophia", "update_interval", 0, "give a finite value above 0"),
         ("soap", "block_size", 1.5, r"give int \| None"),
         ("soap", "block_size", True, r"give int \| None"),
         ("soap", "eps", "1e-8", "give float"),
@@ -160,7 +160,7 @@ def test_numbers_that_mean_nothing(key, value):
     ],
 )
 def test_options_that_mean_nothing(name, option, value, remedy):
-    message = f"{name}.options.{option}={re.escape(repr(value))}: {remedy}"
+    message = rf"{name}\.options.*{option}={re.escape(repr(value))}: {remedy}"
     with pytest.raises(ValueError, match=message):
         check_optimizer(name, {option: value})
 
