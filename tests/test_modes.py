@@ -1,10 +1,12 @@
 """Every transformation and whole optimizer under the settings that people train with.
 
 Errors of dtype and rank come up where a program is traced, so most of this compiles nothing.
+`python -m tests.test_modes` writes the list of what holds to docs/modes.md.
 """
 
 import contextlib
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import pytest
 
 import mup_jax
 
+DOCUMENT = Path(__file__).parent.parent / "docs" / "modes.md"
 BLOCKS = {"block_size": 4, "precondition_frequency": 2}
 
 
@@ -74,13 +77,58 @@ NAMES = ("adamw", "muon", "adamuon", "shampoo", "soap", "lamb", "adopt", "lion",
 OPTIMIZERS = {f"whole {name}": functools.partial(whole, name) for name in NAMES}
 SUBJECTS = TRANSFORMATIONS | OPTIMIZERS
 
+# The mode, a context, and the dtypes of parameters.
 MODES = {
-    "plain": contextlib.nullcontext,
-    "x64": lambda: jax.enable_x64(True),
-    "strict promotion of dtypes": lambda: jax.numpy_dtype_promotion("strict"),
-    "no promotion of ranks": lambda: jax.numpy_rank_promotion("raise"),
-    "checking leaks": jax.checking_leaks,
+    "no setting": (contextlib.nullcontext, ["float16", "bfloat16", "float32"]),
+    "jax_enable_x64": (lambda: jax.enable_x64(True), ["float32", "float64"]),
+    "jax_numpy_dtype_promotion=strict": (
+        lambda: jax.numpy_dtype_promotion("strict"),
+        ["float32"],
+    ),
+    "jax_numpy_rank_promotion=raise": (lambda: jax.numpy_rank_promotion("raise"), ["float32"]),
+    "jax_check_tracer_leaks": (jax.checking_leaks, ["float32"]),
 }
+# Where something does not hold, and why.
+EXCEPTIONS = {
+    ("graft", "jax_numpy_dtype_promotion=strict"): "with a transformation of Optax as magnitude, "
+    "most of which need promotion",
+    ("whole sophia", "jax_enable_x64"): "the random vectors of its estimate are others",
+}
+HOLDS = {
+    "no setting": "updates have the dtype of the gradients, transformations of matrices keep "
+    "their state in float32, and float16 gives "
+    "finite updates from gradients whose squares it cannot hold",
+    "jax_enable_x64": "the same updates as without it; float64 matrices are computed in float32, "
+    "for which the iterations and floors are made, and come back in float64",
+    "jax_numpy_dtype_promotion=strict": "as without it; whole optimizers compute with "
+    "standard promotion, which Optax needs",
+    "jax_numpy_rank_promotion=raise": "as without it",
+    "jax_check_tracer_leaks": "nothing leaks",
+    "jax_debug_nans": "no step makes a NaN on its way to a finite update",
+    "jax.transfer_guard('disallow')": "a jitted update moves nothing; without jit, constants do, "
+    "as in all of JAX",
+    "jax.disable_jit": "the same update",
+    "complex numbers": "refused in one line that names the leaf",
+}
+
+
+def document():
+    """What holds under which mode, as Markdown."""
+    lines = [
+        "# Modes",
+        "",
+        "What holds for every transformation and whole optimizer of `mup_jax` under the settings "
+        "of JAX. The",
+        "tests that say so, and write this list, are in [test_modes](../tests/test_modes.py).",
+        "",
+        "| | holds | but for |",
+        "|---|---|---|",
+    ]
+    for mode, what in HOLDS.items():
+        of_mode = {name: why for (name, m), why in EXCEPTIONS.items() if m == mode}
+        but = "; ".join(f"`{name.removeprefix('whole ')}`: {why}" for name, why in of_mode.items())
+        lines.append(f"| `{mode}` | {what} | {but} |".replace("`no setting`", "no setting"))
+    return "\n".join(lines).replace("`complex numbers`", "complex numbers") + "\n"
 
 
 def start(name, dtype=np.float32):
@@ -100,18 +148,19 @@ def step(transformation):
     return lambda g, state, p: transformation.update(g, state, p, obj_fn=loss_fn)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("mode", MODES)
+def test_the_list_of_modes_is_that_of_the_tests():
+    assert DOCUMENT.read_text() == document()
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [(mode, dtype) for mode, (_, dtypes) in MODES.items() for dtype in dtypes]
+)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_types_are_kept(name, mode, dtype):
     """Updates have the dtype of the gradients, and the state those that it began with."""
-    if dtype == "float64" and mode != "x64":
-        pytest.skip("there is no float64")
-    if mode != "plain" and "float16" in dtype:
-        pytest.skip("as float32")
-    if name == "graft" and mode.startswith("strict"):
-        pytest.skip("scale_by_rms is Optax's, which needs promotion")
-    with MODES[mode]():
+    if (name, mode) == ("graft", "jax_numpy_dtype_promotion=strict"):
+        pytest.skip(EXCEPTIONS[name, mode])
+    with MODES[mode][0]():
         transformation, params = start(name, dtype)
         state = jax.eval_shape(transformation.init, params)
         updates, new = jax.eval_shape(step(transformation), params, state, params)
@@ -143,8 +192,8 @@ LONG = [pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS if name 
 @pytest.mark.parametrize("name", [*VALUED, *LONG])
 def test_x64_changes_no_value(name):
     """Float64 matrices are computed in float32, for which iterations and floors are made."""
-    if name == "whole sophia":
-        pytest.skip("its random vectors are others in x64")
+    if (name, "jax_enable_x64") in EXCEPTIONS:
+        pytest.skip(EXCEPTIONS[name, "jax_enable_x64"])
     want = run(name)
     with jax.enable_x64(True):
         same, wide = run(name), run(name, np.float64)
@@ -276,3 +325,7 @@ def test_none_for_a_leaf_is_refused():
     transformation = mup_jax.scale_by_muon(weight_dimension_numbers=numbers)
     with pytest.raises(ValueError, match=r"None for \['embed'\].*optax\.partition"):
         transformation.init({"embed": jnp.ones((9, 4)), "w": jnp.ones((4, 4))})
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())
