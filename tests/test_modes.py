@@ -319,6 +319,21 @@ def test_an_optimizer_of_hidden_matrices_says_that_it_needs_shapes(name, recwarn
     assert not recwarn
 
 
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_what_of_a_state_is_like_the_parameters(name):
+    """By `optax.tree.map_params`, with which people find the sharding of a state."""
+    transformation, params = start(name)
+    state = transformation.init(params)
+    kinds = optax.tree.map_params(
+        transformation, lambda _: "like", state, transform_non_params=lambda _: "other"
+    )
+    leaves = jax.tree.leaves(kinds)
+    assert set(leaves) <= {"like", "other"}
+    of_matrices = {"muon": 0, "shampoo": 0, "soap": 0, "adamuon": 1, "graft": 1}
+    if name in of_matrices:
+        assert leaves.count("like") == of_matrices[name] * len(params)
+
+
 def test_none_for_a_leaf_is_refused():
     """Optax's Muon leaves such a leaf to Adam; a transformation of matrices has none."""
     numbers = {"embed": None, "w": optax.contrib.MuonDimensionNumbers(0, 1)}

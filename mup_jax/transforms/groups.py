@@ -229,7 +229,12 @@ class MatrixGroups:
     def __init__(
         self, tree: PyTree, numbers: WeightDimensionNumbers, blocking: Blocking = WHOLE
     ) -> None:
+        self._treedef: Any
         self._leaves, self._treedef = jax.tree.flatten(tree)
+        # `optax.tree.map_params` gives an object in place of parameters, to see which parts of a
+        # state are like them. No group is.
+        is_node = self._treedef.num_nodes == 1 and not self._leaves
+        self._is_placeholder = is_node and not isinstance(tree, (Mapping, list, tuple, type(None)))
         leaves = self._leaves
         layouts = matrix_layouts(tree, numbers)
         members: dict[str, list[int]] = {}
@@ -269,6 +274,9 @@ class MatrixGroups:
 
     def zeros(self, state: State) -> State:
         """A state of zeros, stored as `run` wants it, from an abstract one."""
+        if self._is_placeholder:
+            placeholder: Any = jnp.zeros(())
+            return dict.fromkeys(state, placeholder)
         devices = self._mesh.entered(self._leaves)
         if devices is None:
             # The first update divides it.
