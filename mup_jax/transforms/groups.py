@@ -123,12 +123,15 @@ class _Mesh:
             return x
         return jax.reshard(x, jax.NamedSharding(self.mesh, jax.P(*entries)))
 
-    def like(self, new: jax.Array, old: jax.Array) -> jax.Array:
-        """`new` with the sharding of `old`."""
+    def like(self, new: jax.Array, old: jax.Array, param: jax.Array) -> jax.Array:
+        """`new` with the sharding of `old`; on automatic axes with that of `param`.
+
+        There the compiler may choose how a gradient is divided, which it knows of no parameter.
+        """
         if self.mesh.empty:
             return new
         new = self._put(new, jax.typeof(old).sharding.spec)
-        return shard_alike(new, old) if self.of_type(AxisType.Auto) else new
+        return shard_alike(new, param) if self.of_type(AxisType.Auto) else new
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,7 @@ class MatrixGroups:
         updates: PyTree,
         state: State,
         *scalars: Any,
+        params: PyTree | None = None,
     ) -> tuple[PyTree, State, jax.Array]:
         """Runs one step of an optimizer, every device on its part of each group.
 
@@ -302,6 +306,7 @@ class MatrixGroups:
           updates: a tree like the one given at construction: gradients.
           state: of which every leaf is divided.
           *scalars: passed on.
+          params: whose sharding the directions get, where there are any.
 
         Returns:
           The directions as a tree like the gradients, the new state, and the number of matrices
@@ -340,5 +345,7 @@ class MatrixGroups:
             local, (leaf_specs, state_specs, jax.P()), (leaf_specs, state_specs, jax.P())
         )
         results, state, skipped = sharded(leaves, state, scalars)
-        results = [self._mesh.like(new, old) for new, old in zip(results, leaves, strict=True)]
+        models = leaves if params is None else jax.tree.leaves(params)
+        rows = zip(results, leaves, models, strict=True)
+        results = [self._mesh.like(new, old, param) for new, old, param in rows]
         return jax.tree.unflatten(self._treedef, results), state, skipped

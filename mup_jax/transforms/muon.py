@@ -111,9 +111,8 @@ def scale_by_muon(
     def update(
         updates: optax.Updates, state: ScaleByMuonState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByMuonState]:
-        del params
         groups = MatrixGroups(updates, weight_dimension_numbers)
-        directions, new, skipped = groups.run(step, updates, {"mu": state.mu})
+        directions, new, skipped = groups.run(step, updates, {"mu": state.mu}, params=params)
         return directions, ScaleByMuonState(**new, nonfinite=state.nonfinite + skipped)
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))

@@ -126,7 +126,6 @@ def scale_by_shampoo(
     def update(
         updates: optax.Updates, state: ScaleByShampooState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByShampooState]:
-        del params
         groups = MatrixGroups(updates, weight_dimension_numbers, blocking)
 
         def step(
@@ -192,6 +191,7 @@ def scale_by_shampoo(
             updates,
             {"mu": state.mu, "statistics": state.statistics, "roots": state.roots},
             state.count,
+            params=params,
         )
         return directions, ScaleByShampooState(
             count=state.count + 1, **new, nonfinite=state.nonfinite + skipped

@@ -25,18 +25,23 @@ def shard_alike(x: jax.Array, like: jax.Array) -> jax.Array:
     In a jitted function, where `x` is computed; an argument stays where it is. Without the Shardy
     partitioner (`jax_use_shardy_partitioner=False`) the compiler chooses freely.
     """
-    return _shard_alike_p.bind(x, like)
+    # What a `jax.shard_map` returns has its sharding; what passes it on is free to have another.
+    free = jax.lax.optimization_barrier(x)
+    # A parameter, as two of equal shapes are lowered by one function.
+    return _shard_alike_p.bind(free, like, group=next(_group_ids))
 
 
-def _lower(_: Any, x: Any, like: Any) -> list[Any]:
+def _lower(_: Any, x: Any, like: Any, *, group: int) -> list[Any]:
     if jax.config.values["jax_use_shardy_partitioner"]:
-        group = next(_group_ids)
         for value in (x, like):
             sdy.sharding_group(value, group)
     return [x]
 
 
-def _batch(args: Sequence[jax.Array], axes: Sequence[int | None]) -> tuple[jax.Array, int]:
+def _batch(
+    args: Sequence[jax.Array], axes: Sequence[int | None], *, group: int
+) -> tuple[jax.Array, int]:
+    del group
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     stacked = (
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
@@ -45,9 +50,9 @@ def _batch(args: Sequence[jax.Array], axes: Sequence[int | None]) -> tuple[jax.A
     return shard_alike(*stacked), 0
 
 
-_shard_alike_p.def_impl(jax.jit(_shard_alike_p.bind))
-_shard_alike_p.def_abstract_eval(lambda x, like: x)
+_shard_alike_p.def_impl(jax.jit(_shard_alike_p.bind, static_argnames="group"))
+_shard_alike_p.def_abstract_eval(lambda x, like, *, group: x)
 mlir.register_lowering(_shard_alike_p, _lower)
 batching.primitive_batchers[_shard_alike_p] = _batch
 # Linear in `x`, and no function of the values of `like`.
-ad.deflinear2(_shard_alike_p, lambda cotangent, x, like: (cotangent, None))
+ad.deflinear2(_shard_alike_p, lambda cotangent, x, like, *, group: (cotangent, None))

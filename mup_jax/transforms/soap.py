@@ -178,7 +178,6 @@ def scale_by_soap(
     def update(
         updates: optax.Updates, state: ScaleBySoapState, params: Any = None
     ) -> tuple[optax.Updates, ScaleBySoapState]:
-        del params
         groups = MatrixGroups(updates, weight_dimension_numbers, blocking)
 
         def step(
@@ -260,6 +259,7 @@ def scale_by_soap(
                 "bases": state.bases,
             },
             state.count,
+            params=params,
         )
         return directions, ScaleBySoapState(
             count=state.count + 1, **new, nonfinite=state.nonfinite + skipped

@@ -1,6 +1,9 @@
 """A sharding that only the compiler knows is passed on, under every transformation of JAX."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -48,19 +51,38 @@ LAYOUTS = [
     (None, "model", "data"),
     (None, None, ("data", "model")),
     ("data", None, "model"),
+    # What leaves some devices with copies, as in data-parallel training.
+    (),
+    (None, "data"),
+    (None, None, "model"),
 ]
+MAKES = {
+    "muon": mup_jax.scale_by_muon,
+    "shampoo": functools.partial(mup_jax.scale_by_shampoo, block_size=8),
+    "soap": functools.partial(mup_jax.scale_by_soap, block_size=8),
+    "whole muon": lambda **numbers: mup_jax.muon(0.1, hidden_only=False, **numbers),
+}
 
 
-@pytest.mark.parametrize("spec", LAYOUTS, ids=str)
-def test_parameters_stay_where_they_are(spec, mesh):
-    """Otherwise the next step would be compiled again, and buffers could not be given back."""
-    optimizer = mup_jax.scale_by_muon(weight_dimension_numbers=MuonDimensionNumbers(-2, -1))
-    params = put(np.ones((8, 16, 8), np.float32), mesh, *spec)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("shampoo", "soap") else []) for n in MAKES],
+)
+def test_parameters_stay_where_they_are(name, mesh):
+    """Otherwise the next step would be compiled again, and buffers could not be given back.
+
+    All of one shape, so that they are worked on as one, and each is put back into its place.
+    """
+    optimizer = MAKES[name](weight_dimension_numbers=MuonDimensionNumbers(-2, -1))
+    values = np.random.default_rng(0).normal(size=(8, 16, 8)).astype(np.float32)
+    params = {str(spec): put(values, mesh, *spec) for spec in LAYOUTS}
+    loss_fn = lambda params: sum(jnp.sum(jnp.sin(x) * x) for x in params.values())
 
     @jax.jit
     def step(params, state):
-        updates, state = optimizer.update(params, state)
+        updates, state = optimizer.update(jax.grad(loss_fn)(params), state, params)
         return optax.apply_updates(params, updates), updates
 
     for got in step(params, jax.jit(optimizer.init)(params)):
-        assert got.sharding.is_equivalent_to(params.sharding, 3)
+        for key, x in got.items():
+            assert x.sharding.is_equivalent_to(params[key].sharding, 3), key
