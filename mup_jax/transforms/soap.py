@@ -116,9 +116,15 @@ def scale_by_soap(
           \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
 
     for each block G of a `(d_in, d_out)` gradient, where Q_L, Q_R are eigenvectors of the averages
-    of G Gᵀ and Gᵀ G. The momentum M stays in the original basis. When a basis moves, V moves along
-    by the squared rotation between the two. A matrix whose gradient is not finite keeps its
-    momentum, its second moment and its statistics.
+    of G Gᵀ and Gᵀ G. The momentum M stays in the original basis. A matrix whose gradient is not
+    finite keeps its momentum, its second moment and its statistics.
+
+    Three things differ from the authors' code. When a basis moves, V moves along by the squared
+    rotation between the two, instead of staying: on random gradients of condition 20, with a
+    refresh every ten steps, updates are apart by half of their norm after the first refresh and by
+    a fifth after the sixth. The first step is taken, instead of skipped. And at a block's first
+    gradient, whose own basis makes it diagonal, what is beside the diagonal is taken for zero: it
+    is rounding noise, which divided by its own size would come out as ±1 everywhere.
 
     Args:
       b1: decay of the momentum.
