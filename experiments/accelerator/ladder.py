@@ -108,6 +108,7 @@ def _arguments(scale: str, workdir: Path, seconds: float) -> Sequence[str]:
         "widths": widths,
         "tokens_per_parameter": tokens,
         "seeds": (0,),
+        "tuning_seeds": 1,
         "parametrizations": ("mup",),
         "checks": (),
         "decay_checks": (),
