@@ -201,18 +201,20 @@ def infer_shapes(
 
 def _base_leaves(base_params: PyTree, params: PyTree) -> list[Any]:
     """Those of the base model, in the order of the leaves of `params`."""
-    same = "build both with the same code and only other widths"
-    if len(jax.tree.leaves(base_params)) > len(jax.tree.leaves(params)):
-        base_params, params, whose = params, base_params, "params"
-    else:
-        whose = "base_params"
-    try:
-        return beside(base_params, params)
-    except ValueError as error:
-        raise ValueError(
-            f"base_params and params have different parameters: {same}, and with as many layers "
-            f"where these are not stacked; {whose} has {error}"
-        ) from error
+    found = []
+    for whose, static, tree in (
+        ("base_params", base_params, params),
+        ("params", params, base_params),
+    ):
+        try:
+            found.append(beside(static, tree))
+        except ValueError as error:
+            raise ValueError(
+                "base_params and params have different parameters: build both with the same code "
+                "and only other widths, and with as many layers where these are not stacked; "
+                f"{whose} has {error}"
+            ) from error
+    return found[0]
 
 
 def _shape_of(

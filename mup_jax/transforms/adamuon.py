@@ -10,7 +10,7 @@ from mup_jax.transforms.linalg import Orthogonalizer
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.muon import ScaleByMuonState, scale_by_muon
 from mup_jax.transforms.options import check_decays, check_not_negative
-from mup_jax.transforms.statistics import missing
+from mup_jax.transforms.statistics import bias_correction
 
 
 class ScaleByAdaMuonState(NamedTuple):
@@ -87,7 +87,7 @@ def scale_by_adamuon(
         scaled = jax.tree.map(
             lambda o, v, g: (o / (jnp.sqrt(v) + eps)).astype(g.dtype),
             directions,
-            jax.tree.map(lambda v: v / missing(b2, count), nu),
+            jax.tree.map(lambda v: v / bias_correction(b2, count), nu),
             updates,
         )
         return scaled, ScaleByAdaMuonState(count, muon_state, nu)

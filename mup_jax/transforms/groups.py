@@ -233,12 +233,12 @@ class MatrixGroups:
         self, tree: PyTree, numbers: WeightDimensionNumbers, blocking: Blocking = WHOLE
     ) -> None:
         self._treedef: Any
-        self._leaves, self._treedef = jax.tree.flatten(tree)
+        leaves, self._treedef = jax.tree.flatten(tree)
+        self._leaves = leaves
         # `optax.tree.map_params` gives an object in place of parameters, to see which parts of a
         # state are like them. No group is.
-        is_node = self._treedef.num_nodes == 1 and not self._leaves
+        is_node = self._treedef.num_nodes == 1 and not leaves
         self._is_placeholder = is_node and not isinstance(tree, (Mapping, list, tuple, type(None)))
-        leaves = self._leaves
         layouts = matrix_layouts(tree, numbers)
         members: dict[str, list[int]] = {}
         for i, layout in enumerate(layouts):

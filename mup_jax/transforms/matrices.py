@@ -23,7 +23,7 @@ _PARTITION_HINT = (
 
 def _names(path: Any) -> tuple[str, ...]:
     """The names on the path of a leaf, but for that of a box around it, as `nnx.Param` is."""
-    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
     boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value"
     return tuple(names[:-1] if boxed else names)
 

@@ -21,9 +21,9 @@ from mup_jax.transforms.refresh import Turns, check_frequency, refresh
 from mup_jax.transforms.statistics import (
     Factors,
     abstract_factors,
+    bias_correction,
     ema,
     is_alive,
-    missing,
     multiply_sides,
     pack,
     unpack,
@@ -132,7 +132,7 @@ def scale_by_shampoo(
             gradients: Groups, healthy: Groups, state: State, steps_before: jax.Array
         ) -> tuple[Groups, State]:
             count = steps_before + 1
-            correction = missing(b2, count)
+            correction = bias_correction(b2, count)
             mu: Groups = {}
             statistics: Factors = {}
             turns: Groups = {}
@@ -183,7 +183,7 @@ def scale_by_shampoo(
                     for pair, block in zip(roots[key], blocking.split(momentum, cut), strict=True)
                 ]
                 merged = blocking.merge(pieces, momentum.shape, cut)
-                directions[key] = merged / missing(b1, count)
+                directions[key] = merged / bias_correction(b1, count)
             return directions, {"mu": mu, "statistics": statistics, "roots": roots}
 
         directions, new, skipped = groups.run(

@@ -27,7 +27,8 @@ def shard_alike(x: jax.Array, like: jax.Array) -> jax.Array:
     """
     # What a `jax.shard_map` returns has its sharding; what passes it on is free to have another.
     free = jax.lax.optimization_barrier(x)
-    # A parameter, as two of equal shapes are lowered by one function.
+    # The group is a parameter of the primitive: JAX lowers equal ones once, which would put all
+    # arrays of one shape into one group.
     return _shard_alike_p.bind(free, like, group=next(_group_ids))
 
 
@@ -50,7 +51,7 @@ def _batch(
     return shard_alike(*stacked), 0
 
 
-_shard_alike_p.def_impl(jax.jit(_shard_alike_p.bind, static_argnames="group"))
+_shard_alike_p.def_impl(lambda x, like, *, group: x)
 _shard_alike_p.def_abstract_eval(lambda x, like, *, group: x)
 mlir.register_lowering(_shard_alike_p, _lower)
 batching.primitive_batchers[_shard_alike_p] = _batch

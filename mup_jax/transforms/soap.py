@@ -26,9 +26,9 @@ from mup_jax.transforms.statistics import (
     Factors,
     Pair,
     abstract_factors,
+    bias_correction,
     ema,
     is_alive,
-    missing,
     multiply_sides,
     unpack,
     update_factors,
@@ -226,7 +226,7 @@ def scale_by_soap(
                 first_steps=exact_steps,
             )
             count = steps_before + 1
-            correction = jnp.sqrt(missing(b2, count)) / missing(b1, count)
+            correction = jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
             nu: Groups = {}
             directions: Groups = {}
             for key, gradient in gradients.items():

@@ -21,8 +21,8 @@ def ema(old: jax.Array, new: jax.Array, decay: float, healthy: jax.Array) -> jax
     return jnp.where(healthy, decay * old + (1 - decay) * new, old)
 
 
-def missing(decay: float | jax.Array, count: jax.Array) -> jax.Array:
-    """1 - decay^count: what an average that began at zero lacks after so many steps."""
+def bias_correction(decay: float | jax.Array, count: jax.Array) -> jax.Array:
+    """1 - decay^count: by what to divide an average that began at zero, after so many steps."""
     return 1 - decay ** count.astype(jnp.float32)
 
 
