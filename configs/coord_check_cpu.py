@@ -23,8 +23,7 @@ from experiments.coord_check import default_check, default_optimizer
 
 _MOMENTS = {"b1": 0.9, "b2": 0.95}
 _MUON = {"adam_b1": 0.9, "adam_b2": 0.95}
-_SHAMPOO = {**_MOMENTS, "precondition_frequency": 1}
-_SOAP = {**_MOMENTS, "precondition_frequency": 1, "exact_steps": 10}
+_PRECONDITIONED = {**_MOMENTS, "precondition_frequency": 1}
 _ADAMUON = {**_MOMENTS, "hidden_only": False}
 _BLOCKS, _WHOLE = {"block_size": 32}, {"block_size": None}
 _NORM = {"spectral_norm": True}
@@ -33,10 +32,10 @@ Optimizers = dict[str, tuple[str, float, dict[str, Any]]]
 OVER_WIDTH: Optimizers = {
     "AdamW": ("adamw", 1.6e-2, _MOMENTS),
     "Muon-Adam": ("muon", 3.2e-2, _MUON),
-    "#Shampoo² in blocks": ("shampoo", 1.6e-2, {**_SHAMPOO, **_BLOCKS}),
-    "SOAP in blocks": ("soap", 1.6e-2, {**_SOAP, **_BLOCKS}),
-    "SOAP": ("soap", 1.6e-2, {**_SOAP, **_WHOLE}),
-    "SOAP normalized": ("soap", 6.4e-2, {**_SOAP, **_WHOLE, **_NORM}),
+    "#Shampoo² in blocks": ("shampoo", 1.6e-2, {**_PRECONDITIONED, **_BLOCKS}),
+    "SOAP in blocks": ("soap", 1.6e-2, {**_PRECONDITIONED, **_BLOCKS}),
+    "SOAP": ("soap", 1.6e-2, {**_PRECONDITIONED, **_WHOLE}),
+    "SOAP normalized": ("soap", 6.4e-2, {**_PRECONDITIONED, **_WHOLE, **_NORM}),
     "AdaMuon": ("adamuon", 4e-3, _ADAMUON),
     "AdaMuon normalized": ("adamuon", 6.4e-2, {**_ADAMUON, **_NORM}),
 }

@@ -45,8 +45,11 @@ def _optax_muon(weight_dimension_numbers: Any) -> optax.GradientTransformation:
 
 
 def optimizer_cases(block_size: int) -> dict[str, Case]:
-    """What is measured, by name. Preconditioners are refreshed every `FREQUENCY` steps."""
-    of_blocks = {"block_size": block_size, "precondition_frequency": FREQUENCY}
+    """What is measured, by name. Preconditioners are refreshed every `FREQUENCY` steps.
+
+    So they are from the first step on: early steps refresh more, and say little of a long run.
+    """
+    of_blocks = {"block_size": block_size, "precondition_frequency": FREQUENCY, "exact_steps": 1}
 
     def muon(**options: Any) -> Callable[..., Any]:
         return lambda **numbers: mup_jax.scale_by_muon(**options, **numbers)

@@ -275,8 +275,7 @@ def test_injected_hyperparameters(name):
     rates = {} if name.startswith("scale") else {"learning_rate": 0.1}
     with pytest.raises(ValueError, match=r"precondition_frequency.*static_args=\('precond"):
         optax.inject_hyperparams(make)(**rates).init(gradient)
-    static = ["precondition_frequency", "block_size", "max_preconditioner_dim"]
-    static += ["exact_steps"] if "soap" in name else []
+    static = ["precondition_frequency", "exact_steps", "block_size", "max_preconditioner_dim"]
     static += ["preconditioner_dtype"] if name.startswith("scale") else []
     injected = optax.inject_hyperparams(make, static_args=static)(**rates)
     (got, _), (want, _) = (

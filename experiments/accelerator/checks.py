@@ -82,8 +82,8 @@ class Subject(NamedTuple):
 
 
 def _of_blocks(make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    frequency = {"precondition_frequency": FREQUENCY, "stagger": False}
-    return functools.partial(make, eps=EPS, **frequency, **options)
+    schedule = {"precondition_frequency": FREQUENCY, "exact_steps": 1, "stagger": False}
+    return functools.partial(make, eps=EPS, **schedule, **options)
 
 
 def _graft(weight_dimension_numbers: Any = None) -> optax.GradientTransformation:

@@ -182,6 +182,7 @@ def shampoo(
     block_size: int | None = 512,
     max_preconditioner_dim: int = 10_000,
     precondition_frequency: int = 10,
+    exact_steps: int = 20,
     stagger: bool = True,
     grafted: bool = True,
     hidden_only: bool = True,
@@ -199,8 +200,8 @@ def shampoo(
         learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
       b1, b2: as in `scale_by_shampoo`; of Adam too.
       eps, exponent, relative_eps, block_size, max_preconditioner_dim, precondition_frequency,
-        stagger, weight_dimension_numbers: as in `scale_by_shampoo`. An absolute ε is that of the
-        base model, and needs `grafted=False`: the rule of grafting is about Adam's ε.
+        exact_steps, stagger, weight_dimension_numbers: as in `scale_by_shampoo`. An absolute ε is
+        that of the base model, and needs `grafted=False`: the rule of grafting is about Adam's ε.
       grafted: whether Adam sets the size of the updates, matrix by matrix; otherwise they are
         those of Shampoo, whose η is of another order of magnitude.
       hidden_only: as in `muon`.
@@ -231,6 +232,7 @@ def shampoo(
         eps,
         **blocks,
         precondition_frequency=precondition_frequency,
+        exact_steps=exact_steps,
         stagger=stagger,
         weight_dimension_numbers=weight_dimension_numbers,
     )
@@ -269,7 +271,7 @@ def soap(
     block_size: int | None = 512,
     max_preconditioner_dim: int = 10_000,
     precondition_frequency: int = 10,
-    exact_steps: int = 1,
+    exact_steps: int = 20,
     stagger: bool = True,
     hidden_only: bool = False,
     spectral_norm: bool = False,

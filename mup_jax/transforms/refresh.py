@@ -56,9 +56,10 @@ class Turns(NamedTuple):
         return jnp.asarray(self.table(frequency))[(step - self.start) % frequency]
 
 
-def check_frequency(frequency: int) -> None:
-    if frequency < 1:
-        raise ValueError(f"precondition_frequency={frequency}: give a positive number of steps")
+def check_schedule(frequency: int, exact_steps: int) -> None:
+    for name, steps in (("precondition_frequency", frequency), ("exact_steps", exact_steps)):
+        if steps < 1:
+            raise ValueError(f"{name}={steps}: give a positive number of steps")
 
 
 def refresh(
@@ -76,8 +77,9 @@ def refresh(
     """Replaces what belongs to a block, for each block once in `frequency` steps.
 
     Staggered, the blocks take turns, so that no step costs more than another; otherwise all are
-    replaced where `step % frequency == 0`. During the first `first_steps` steps all are replaced,
-    and those that are overdue at any time.
+    replaced where `step % frequency == 0`. The first gradients say little of those that follow, so
+    all are replaced at each of the first `first_steps` steps, and then at intervals that grow by a
+    step every `first_steps` steps until they are `frequency`. Those overdue are replaced at once.
 
     Args:
       step: int32 scalar, counted from 0.
@@ -88,8 +90,8 @@ def refresh(
       turns: `{group: [Turns]}`.
       overdue: `{group: [(n, rows, columns) bool]}`: would be used before its first refresh.
       stagger: whether to spread the refreshes over the steps.
-      first: as `fresh`, for the first steps and what is overdue; `fresh` when None.
-      first_steps: for how many steps `first` runs.
+      first: as `fresh`, for those early steps and what is overdue; `fresh` when None.
+      first_steps: how long all are replaced at every step, and each longer interval lasts.
 
     Returns:
       The new value of `current`.
@@ -109,10 +111,13 @@ def refresh(
     def choose(due: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
+    interval = 1 + step // first_steps
+    early = (interval <= frequency) & (step % interval == 0)
+
     def refresh_first(flat: Any) -> Any:
         def due(turn: Turns, late: jax.Array) -> jax.Array:
             in_turn = turn.due(step, frequency) if stagger else step % frequency == 0
-            return late | in_turn | (step < first_steps)
+            return late | in_turn | early
 
         return each(choose, each(due, turns, late), flat[0], (first or fresh)(*flat))
 
@@ -139,7 +144,7 @@ def refresh(
     if frequency == 1 and first is None:
         new = refresh_all(flat)
     else:
-        is_first = (step < first_steps) | jnp.any(jnp.concatenate(jax.tree.leaves(late)))
+        is_first = early | jnp.any(jnp.concatenate(jax.tree.leaves(late)))
         first_branch = counted(0, refresh_first)
         flat = (jax.lax.cond(is_first, first_branch, keep, flat), *flat[1:])
         if frequency == 1 or not stagger:

@@ -17,7 +17,7 @@ from mup_jax.transforms.options import (
     check_positive,
     check_static,
 )
-from mup_jax.transforms.refresh import Turns, check_frequency, refresh
+from mup_jax.transforms.refresh import Turns, check_schedule, refresh
 from mup_jax.transforms.statistics import (
     Factors,
     abstract_factors,
@@ -51,6 +51,7 @@ def scale_by_shampoo(
     block_size: int | None = 512,
     max_preconditioner_dim: int = 10_000,
     precondition_frequency: int = 10,
+    exact_steps: int = 20,
     stagger: bool = True,
     sides: Sides = "both",
     preconditioner_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -67,6 +68,13 @@ def scale_by_shampoo(
     Shampoo, 1/2 is Shampoo². The statistics include the current gradient. A matrix whose gradient
     is not finite keeps its momentum and its preconditioner.
 
+    Roots of the first few gradients know nothing of the directions that come next, and enlarge them
+    by up to 1/ε: kept for ten steps from the first, they make updates thousands of times too large,
+    or, grafted, of the wrong direction. With the default `exact_steps`, updates stay within a
+    factor of two of those of `precondition_frequency=1` where the rank of a gradient is at least a
+    twelfth of the block's side. Distributed Shampoo and Anil et al. take grafting's own direction
+    until a first refresh of all instead; SOAP's authors skip one step.
+
     Args:
       b1: decay of the momentum.
       b2: decay of the statistics.
@@ -77,9 +85,11 @@ def scale_by_shampoo(
       block_size: largest block side; None for whole matrices. Edge blocks are smaller.
       max_preconditioner_dim: a longer side of a matrix has no preconditioner and is not cut.
       precondition_frequency: steps between two refreshes of a block's roots.
+      exact_steps: for so many steps all blocks are refreshed at every step; then the interval grows
+        by a step every `exact_steps` steps, until it is `precondition_frequency`. See below.
       stagger: whether to spread the refreshes of the blocks over the steps; otherwise all at once
-        where `step % precondition_frequency == 0`. All are refreshed at the first step, and when a
-        block gets its first gradient that is not zero.
+        where `step % precondition_frequency == 0`. All are refreshed, too, when a block gets its
+        first gradient that is not zero.
       sides: "both", or "in" or "out" to precondition one side only.
       preconditioner_dtype: in which the roots are stored; bfloat16 saves a float per parameter.
       weight_dimension_numbers: as in `scale_by_muon`.
@@ -101,12 +111,13 @@ def scale_by_shampoo(
         block_size=block_size,
         max_preconditioner_dim=max_preconditioner_dim,
         preconditioner_dtype=preconditioner_dtype,
+        exact_steps=exact_steps,
     )
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
     check_positive(exponent=exponent)
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
-    check_frequency(precondition_frequency)
+    check_schedule(precondition_frequency, exact_steps)
 
     def init(params: optax.Params) -> ScaleByShampooState:
         groups = MatrixGroups(params, weight_dimension_numbers, blocking)
@@ -174,6 +185,7 @@ def scale_by_shampoo(
                 turns=turns,
                 overdue=overdue,
                 stagger=stagger,
+                first_steps=exact_steps,
             )
             directions = {}
             for key, momentum in mu.items():

@@ -21,7 +21,7 @@ from mup_jax.transforms.linalg import (
 )
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.options import check_decays, check_not_negative, check_static
-from mup_jax.transforms.refresh import Turns, check_frequency, refresh
+from mup_jax.transforms.refresh import Turns, check_schedule, refresh
 from mup_jax.transforms.statistics import (
     Factors,
     Pair,
@@ -102,7 +102,7 @@ def scale_by_soap(
     block_size: int | None = 512,
     max_preconditioner_dim: int = 10_000,
     precondition_frequency: int = 10,
-    exact_steps: int = 1,
+    exact_steps: int = 20,
     stagger: bool = True,
     sides: Sides = "both",
     preconditioner_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -134,9 +134,8 @@ def scale_by_soap(
       max_preconditioner_dim: a longer side of a matrix is not rotated and not cut.
       precondition_frequency: steps between two refreshes of a block's basis, each one step of
         orthogonal iteration (a QR factorization).
-      exact_steps: during the first steps, at least one, all bases are eigendecompositions, at every
-        step (the first paper's code takes 50); also when a block gets its first gradient that is
-        not zero.
+      exact_steps: as in `scale_by_shampoo`. These refreshes, and that at a block's first gradient
+        that is not zero, are eigendecompositions.
       stagger: as in `scale_by_shampoo`.
       sides: "both", or "in" or "out" to rotate one side only.
       preconditioner_dtype: in which the bases are stored; bfloat16 saves a float per parameter.
@@ -162,9 +161,7 @@ def scale_by_soap(
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
-    check_frequency(precondition_frequency)
-    if exact_steps < 1:
-        raise ValueError(f"exact_steps={exact_steps}: the first basis needs at least one step")
+    check_schedule(precondition_frequency, exact_steps)
 
     def init(params: optax.Params) -> ScaleBySoapState:
         groups = MatrixGroups(params, weight_dimension_numbers, blocking)

@@ -11,7 +11,7 @@ and their right factor R is our "in" factor, an average of G Gᵀ.
 
 from .adam import Adam
 from .adamuon import AdaMuon
-from .blocks import every
+from .blocks import early, every
 from .graft import Graft
 from .muon import JORDAN, Muon
 from .shampoo import Shampoo
@@ -30,6 +30,7 @@ __all__ = [
     "SophiaG",
     "SpectralNorm",
     "bartlett_estimate",
+    "early",
     "every",
     "gauss_newton_diagonal",
 ]

@@ -5,9 +5,21 @@ from collections.abc import Callable
 Refresh = Callable[[int, int], bool]
 
 
-def every(frequency: int) -> Refresh:
+def every(frequency: int, exact_steps: int = 1) -> Refresh:
     """A schedule `refresh(step, block_index)`, steps from 0: all blocks on the same one."""
-    return lambda step, block: step % frequency == 0
+    before = early(frequency, exact_steps)
+    return lambda step, block: step % frequency == 0 or before(step, block)
+
+
+def early(frequency: int, exact_steps: int) -> Refresh:
+    """All blocks at intervals of 1, 2, ..., `frequency` steps, each for `exact_steps` steps."""
+    steps = {
+        step
+        for interval in range(1, frequency + 1)
+        for step in range((interval - 1) * exact_steps, interval * exact_steps)
+        if step % interval == 0
+    }
+    return lambda step, block: step in steps
 
 
 def kept_sides(

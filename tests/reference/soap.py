@@ -6,11 +6,11 @@ u = Q_in [(Q_inᵀ M Q_out)/(√V + ε)] Q_outᵀ · √(1−β₂ᵗ)/(1−β�
 
 import numpy as np
 
-from .blocks import Refresh, cut, every, kept_sides
+from .blocks import Refresh, cut, early, every, kept_sides
 
 
 class Soap:
-    """Bases come from `eigh` at each of the first `eigh_steps` steps, from power steps after."""
+    """Bases come from `eigh` at the steps of `exact`, from power steps at those of `refresh`."""
 
     def __init__(
         self,
@@ -21,12 +21,12 @@ class Soap:
         block_size: int = 512,
         max_preconditioner_dim: int = 10_000,
         sides: str = "both",
-        eigh_steps: int = 1,
-        refresh: Refresh = every(1),  # noqa: B008 - a function, never modified
+        exact: Refresh = early(1, 1),  # noqa: B008 - functions, never modified
+        refresh: Refresh = every(1),  # noqa: B008
     ) -> None:
         self.b1, self.b2, self.eps = b1, b2, eps
         self.block_size, self.max_preconditioner_dim = block_size, max_preconditioner_dim
-        self.sides, self.eigh_steps, self.refresh = sides, eigh_steps, refresh
+        self.sides, self.exact, self.refresh = sides, exact, refresh
         self.step = 0
         self.m: np.ndarray | float = 0.0
         self.v: dict[int, np.ndarray] = {}
@@ -51,15 +51,15 @@ class Soap:
             self.factor_in[block] = self.b2 * self.factor_in[block] + (1 - self.b2) * g @ g.T
             self.factor_out[block] = self.b2 * self.factor_out[block] + (1 - self.b2) * g.T @ g
 
-            if self.step < self.eigh_steps or self.refresh(self.step, block):
+            if self.exact(self.step, block) or self.refresh(self.step, block):
                 if kept_in:
                     old = self.Q_in[block]
-                    new = self._new_basis(self.factor_in[block], old)
+                    new = self._new_basis(block, self.factor_in[block], old)
                     self.v[block] = ((old.T @ new) ** 2).T @ self.v[block]
                     self.Q_in[block] = new
                 if kept_out:
                     old = self.Q_out[block]
-                    new = self._new_basis(self.factor_out[block], old)
+                    new = self._new_basis(block, self.factor_out[block], old)
                     self.v[block] = self.v[block] @ (old.T @ new) ** 2
                     self.Q_out[block] = new
 
@@ -71,8 +71,8 @@ class Soap:
         self.step += 1
         return u * np.sqrt(1 - self.b2**self.step) / (1 - self.b1**self.step)
 
-    def _new_basis(self, P: np.ndarray, Q: np.ndarray) -> np.ndarray:
-        if self.step < self.eigh_steps:
+    def _new_basis(self, block: int, P: np.ndarray, Q: np.ndarray) -> np.ndarray:
+        if self.exact(self.step, block):
             return np.linalg.eigh(P)[1]
         by_size = np.argsort(-np.diag(Q.T @ P @ Q), kind="stable")
         return np.linalg.qr(P @ Q[:, by_size])[0]

@@ -14,6 +14,7 @@ from . import (
     SophiaG,
     SpectralNorm,
     bartlett_estimate,
+    early,
     every,
     gauss_newton_diagonal,
 )
@@ -139,12 +140,12 @@ def test_staggered_blocks_refresh_at_their_own_steps(optimizer):
     np.testing.assert_allclose([u[3:] for u in whole], second)
 
 
-@pytest.mark.parametrize("eigh_steps", [1, 100])
-def test_soap_of_diagonal_gradients_is_adam(eigh_steps):
+@pytest.mark.parametrize("exact_steps", [1, 100])
+def test_soap_of_diagonal_gradients_is_adam(exact_steps):
     # Off the diagonal both are 0/ε; on it the basis is the axes, however they are permuted. They
     # add ε before and after the correction of the bias, which must not show.
     gradients = [np.diag(d) for d in RNG.normal(size=(8, 4)) * [1.0, 3.0, 2.0, 0.5]]
-    soap = run(Soap(eps=1e-10, eigh_steps=eigh_steps), gradients)
+    soap = run(Soap(eps=1e-10, exact=early(1, exact_steps)), gradients)
     np.testing.assert_allclose(soap, run(Adam(eps=1e-10), gradients), atol=1e-6)
 
 

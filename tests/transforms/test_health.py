@@ -23,10 +23,10 @@ STEPS = 6
 MAKERS = {"shampoo": mup_jax.scale_by_shampoo, "soap": mup_jax.scale_by_soap}
 OPTIONS = {
     "shampoo, fresh": {"precondition_frequency": 1},
-    "shampoo, stale": {"precondition_frequency": STEPS - 1, "stagger": False},
+    "shampoo, stale": {"precondition_frequency": STEPS - 1, "exact_steps": 1, "stagger": False},
     "shampoo, blocks": {"precondition_frequency": 3, "block_size": 5, "exponent": 0.25},
     "soap, fresh": {"precondition_frequency": 1, "exact_steps": STEPS},
-    "soap, stale": {"precondition_frequency": STEPS - 1, "stagger": False},
+    "soap, stale": {"precondition_frequency": STEPS - 1, "exact_steps": 1, "stagger": False},
     "soap, blocks": {"precondition_frequency": 3, "block_size": 5, "sides": "out"},
 }
 measure = jax.jit(preconditioner_health)

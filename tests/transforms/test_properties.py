@@ -75,7 +75,7 @@ NOT_SYMMETRIC = ("normalized_soap",)
 def make(name, staggered=False, **options):
     """Whole matrices that refresh all at once, or blocks that take turns."""
     if "muon" not in name:
-        options |= {"precondition_frequency": 2, "stagger": staggered}
+        options |= {"precondition_frequency": 2, "exact_steps": 1, "stagger": staggered}
         options |= {"block_size": BLOCK} if staggered else {}
     return TRANSFORMATIONS[name](**options)
 
@@ -279,6 +279,21 @@ def test_rank_one_gradients(name):
     np.testing.assert_allclose(cosine, 1, atol=0.1 if "soap" in name else 1e-3)
 
 
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+def test_first_updates_are_those_of_refreshing_at_every_step(name, rank):
+    """Preconditioners of a few gradients of low rank know little of the gradients that follow."""
+    factors = normal(2, 45, rank, 32)
+    gradients = list(np.einsum("sri,srj->sij", *factors) / rank)
+    got, want = (
+        run(TRANSFORMATIONS[name](**options), gradients)[0]
+        for options in ({}, {"exact_steps": len(gradients)})
+    )
+    got, want = np.asarray(got), np.asarray(want)
+    sizes = np.linalg.norm(got, axis=(1, 2)) / np.linalg.norm(want, axis=(1, 2))
+    assert np.abs(np.log2(sizes)).max() < 1
+
+
 def test_soap_divides_by_no_rounding_noise():
     """One row a block, moving: most entries of the second moment are noise or exactly zero."""
     gradients = 1e-3 * normal(4, 8, 64)
@@ -436,7 +451,7 @@ def test_staggered_blocks_agree_with_float64_reference(name):
         for leaf in range(leaves)
     ]
     transformation = TRANSFORMATIONS[name](
-        block_size=block_size, precondition_frequency=frequency, eps=1e-3
+        block_size=block_size, precondition_frequency=frequency, exact_steps=1, eps=1e-3
     )
     gradients = normal(steps, leaves, *shape)
     got, _ = run(transformation, [list(g) for g in gradients])

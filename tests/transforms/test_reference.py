@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("with_and_without_optimizations")
 
 STACKED = MuonDimensionNumbers(-2, -1)
 LAYERS = 3
+EVERY_THIRD = {"precondition_frequency": 3, "stagger": False}
 
 
 def moving_gradients(shape, steps, seed=0):
@@ -51,9 +52,14 @@ CASES = {
     # At a smaller ε the smallest eigenvalues carry what each processor rounds in its own way.
     "shampoo_quarter": (
         lambda: mup_jax.scale_by_shampoo(
-            eps=1e-4, exponent=0.25, precondition_frequency=3, stagger=False, block_size=None
+            eps=1e-4, exponent=0.25, exact_steps=1, **EVERY_THIRD, block_size=None
         ),
         lambda: reference.Shampoo(eps=1e-4, e_in=0.25, e_out=0.25, refresh=reference.every(3)),
+        (12, 20),
+    ),
+    "shampoo_exact_steps": (
+        lambda: mup_jax.scale_by_shampoo(eps=1e-2, exact_steps=2, **EVERY_THIRD),
+        lambda: reference.Shampoo(eps=1e-2, refresh=reference.every(3, 2)),
         (12, 20),
     ),
     "shampoo_half_blocks": (
@@ -78,27 +84,25 @@ CASES = {
     # The bases of one gradient are as good as its singular values are apart in float32; ε keeps
     # what the smallest carry small.
     "soap": (
-        lambda: mup_jax.scale_by_soap(
-            eps=0.3, block_size=None, precondition_frequency=3, stagger=False
-        ),
+        lambda: mup_jax.scale_by_soap(eps=0.3, block_size=None, exact_steps=1, **EVERY_THIRD),
         lambda: reference.Soap(eps=0.3, refresh=reference.every(3)),
         (16, 16),
     ),
     "soap_blocks": (
-        lambda: mup_jax.scale_by_soap(block_size=8, precondition_frequency=1),
+        lambda: mup_jax.scale_by_soap(block_size=8, exact_steps=1, precondition_frequency=1),
         lambda: reference.Soap(block_size=8),
         (16, 24),
     ),
     "soap_exact_steps": (
         lambda: mup_jax.scale_by_soap(
-            eps=0.3, exact_steps=5, precondition_frequency=2, stagger=False
+            eps=0.3, exact_steps=2, precondition_frequency=2, stagger=False
         ),
-        lambda: reference.Soap(eps=0.3, eigh_steps=5, refresh=reference.every(2)),
+        lambda: reference.Soap(eps=0.3, exact=reference.early(2, 2), refresh=reference.every(2)),
         (16, 16),
     ),
     "soap_one_sided": (
         lambda: mup_jax.scale_by_soap(
-            sides="out", precondition_frequency=2, block_size=8, stagger=False
+            sides="out", exact_steps=1, precondition_frequency=2, block_size=8, stagger=False
         ),
         lambda: reference.Soap(sides="out", refresh=reference.every(2), block_size=8),
         (24, 16),

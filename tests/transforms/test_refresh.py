@@ -9,7 +9,7 @@ import pytest
 
 from mup_jax.transforms.blocking import Blocking
 from mup_jax.transforms.division import UNDIVIDED, divide
-from mup_jax.transforms.refresh import Turns, check_frequency, refresh
+from mup_jax.transforms.refresh import Turns, refresh
 
 STEPS = 14
 SIDE = 2
@@ -81,10 +81,17 @@ def test_stagger_at_frequency_one_is_no_stagger():
     )
 
 
-def test_the_first_steps_have_their_own_function():
-    counts = refresh_counts((3, 1, 1), 3, stagger=True, exact=True, first_steps=2)
-    np.testing.assert_array_equal(counts[:2], [[1000] * 3, [2000] * 3])
-    np.testing.assert_array_equal(counts[4] - counts[1], 1)
+@pytest.mark.parametrize("stagger", [True, False])
+def test_early_steps_have_their_own_function_at_intervals_that_grow(stagger):
+    counts = refresh_counts((4, 1, 1), 3, stagger=stagger, exact=True, first_steps=4)
+    early = np.isin(np.arange(STEPS), [0, 1, 2, 3, 4, 6, 9])
+    np.testing.assert_array_equal(counts // 1000, np.cumsum(early)[:, None] * np.ones(4))
+    np.testing.assert_array_equal(counts[13] - counts[10], 1)
+
+
+def test_early_steps_are_counted_without_overflow():
+    counts = refresh_counts((2, 1, 1), 3, stagger=True, first_steps=2**30)
+    np.testing.assert_array_equal(counts, np.arange(1, STEPS + 1)[:, None] * np.ones(2))
 
 
 def test_overdue_blocks_do_not_wait_for_their_turn():
@@ -119,8 +126,3 @@ def test_turns_do_not_depend_on_the_devices(grid, spec, frequency):
         blocks = jax.device_put(jnp.zeros((*grid, 1, 1), jnp.int32), partition)
         counts = np.asarray(jax.jit(run)(blocks)).reshape(STEPS, -1)
     np.testing.assert_array_equal(counts, refresh_counts(grid, frequency, stagger=True))
-
-
-def test_frequency_is_positive():
-    with pytest.raises(ValueError, match="precondition_frequency=0"):
-        check_frequency(0)
