@@ -17,7 +17,7 @@ import pytest
 import mup_jax
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "modes.md"
-BLOCKS = {"block_size": 4, "precondition_frequency": 2}
+BLOCKS = {"block_size": 4, "precondition_frequency": 2, "exact_steps": 1}
 
 
 def params_of(width, dtype=np.float32):

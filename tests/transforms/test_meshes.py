@@ -22,20 +22,22 @@ BLOCK = 8
 EPS = 1e-2
 
 # Blocks that fit in the shards below, and matrices that have to be made whole.
+# Blocks have their turns from the second step on.
+SCHEDULE = {"eps": EPS, "exact_steps": 1}
 TRANSFORMATIONS = {
     "muon": mup_jax.scale_by_muon,
-    "shampoo_blocks": functools.partial(mup_jax.scale_by_shampoo, eps=EPS, block_size=BLOCK),
-    "shampoo": functools.partial(mup_jax.scale_by_shampoo, eps=EPS, block_size=None),
-    "soap_blocks": functools.partial(mup_jax.scale_by_soap, eps=EPS, block_size=BLOCK),
-    "soap": functools.partial(mup_jax.scale_by_soap, eps=EPS, block_size=None),
+    "shampoo_blocks": functools.partial(mup_jax.scale_by_shampoo, block_size=BLOCK, **SCHEDULE),
+    "shampoo": functools.partial(mup_jax.scale_by_shampoo, block_size=None, **SCHEDULE),
+    "soap_blocks": functools.partial(mup_jax.scale_by_soap, block_size=BLOCK, **SCHEDULE),
+    "soap": functools.partial(mup_jax.scale_by_soap, block_size=None, **SCHEDULE),
     "soap_one_side": functools.partial(
-        mup_jax.scale_by_soap, eps=EPS, block_size=BLOCK, sides="out"
+        mup_jax.scale_by_soap, block_size=BLOCK, sides="out", **SCHEDULE
     ),
     "adamuon": mup_jax.scale_by_adamuon,
     "graft": lambda weight_dimension_numbers: mup_jax.graft(
         optax.scale_by_adam(),
         mup_jax.scale_by_shampoo(
-            eps=EPS, block_size=BLOCK, weight_dimension_numbers=weight_dimension_numbers
+            block_size=BLOCK, weight_dimension_numbers=weight_dimension_numbers, **SCHEDULE
         ),
         weight_dimension_numbers=weight_dimension_numbers,
     ),
@@ -170,6 +172,30 @@ def test_parameters_on_a_mesh_outside_set_mesh(name, axis_type, how):
             error = np.abs(np.asarray(updates[leaf]) - np.asarray(expected[leaf])).max()
             assert error <= 2e-2 * np.abs(expected[leaf]).max()
             assert updates[leaf].sharding.is_equivalent_to(tree[leaf].sharding, 2)
+
+
+@pytest.mark.parametrize("manual", [("data",), ("data", "model")])
+@pytest.mark.parametrize("name", ["muon", "soap_blocks"])
+def test_each_device_takes_a_whole_step_inside_shard_map(name, manual):
+    """As those have it who average gradients themselves; other axes stay automatic."""
+    trees = gradients(OUTSIDE, steps=2)
+    transformation = TRANSFORMATIONS[name](weight_dimension_numbers=None)
+    want, _ = run(transformation, trees)
+    update = jax.jit(
+        jax.shard_map(
+            transformation.update,
+            mesh=make_mesh(AxisType.Auto),
+            in_specs=jax.P(),
+            out_specs=jax.P(),
+            axis_names=set(manual),
+            check_vma=False,
+        )
+    )
+    state = transformation.init(trees[0])
+    for tree, expected in zip(trees, want, strict=True):
+        updates, state = update(tree, state, trees[0])
+        for leaf in OUTSIDE:
+            np.testing.assert_allclose(updates[leaf], expected[leaf], rtol=1e-3, atol=1e-3)
 
 
 # A Llama's layers, as fully sharded and tensor-parallel training has them.
