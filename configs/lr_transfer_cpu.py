@@ -12,9 +12,9 @@ with spectral normalization, of the optimizers whose updates become dense withou
 by the rule of Gupta et al. and by the measured one.
 
 Expected (results/lr_transfer_cpu and its neighbours): from width 16 to 128 the best learning rate
-moves by factors of .95 (Muon), 1.4 (Muon-Adam), .65 (Shampoo), .54 (AdamW), .49 (SOAP), 2.1
-(#Shampoo²) and 2.2 (AdaMuon) in µP, and of .16 to .43 in SP; with blocks by .93 (SOAP) and 1.2
-(#Shampoo²), with spectral normalization by .85 to 1.6; of LAMB by .80, and .63 by the rule of Gupta
+moves by factors of .96 (Muon), 1.4 (Muon-Adam), .65 (Shampoo), .70 (AdamW), .51 (SOAP), 2.8
+(#Shampoo²) and 2.2 (AdaMuon) in µP, and of .25 to .44 in SP; with blocks by 1.1 (SOAP and
+#Shampoo²), with spectral normalization by .87 to 1.5; of LAMB by .80, and .63 by the rule of Gupta
 et al., whose best loss at width 128 is 2.59 instead of 2.42.
 """
 
