@@ -35,7 +35,7 @@ RATES = {
     "AdaMuon": 8e-3,
 }
 MOMENTS = {"b1": 0.9, "b2": 0.95}
-OPTIONS = {"adamw": MOMENTS, "shampoo": MOMENTS, "soap": MOMENTS}
+OPTIONS = dict.fromkeys(("adamw", "shampoo", "soap"), MOMENTS)
 
 
 def small_sweep(steps: int) -> ConfigDict:

@@ -39,6 +39,11 @@ def check_positive(**options: Any) -> None:
     _check(lambda value: 0 < value < float("inf"), "give a finite value above 0", options)
 
 
+def check_steps(**options: int) -> None:
+    """As `check_decays`, of numbers of steps."""
+    _check(lambda value: value >= 1, "give a positive number of steps", options)
+
+
 def _check(is_valid: Any, remedy: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if not isinstance(value, jax.Array) and not is_valid(value):

@@ -56,12 +56,6 @@ class Turns(NamedTuple):
         return jnp.asarray(self.table(frequency))[(step - self.start) % frequency]
 
 
-def check_schedule(frequency: int, exact_steps: int) -> None:
-    for name, steps in (("precondition_frequency", frequency), ("exact_steps", exact_steps)):
-        if steps < 1:
-            raise ValueError(f"{name}={steps}: give a positive number of steps")
-
-
 def refresh(
     step: jax.Array,
     frequency: int,

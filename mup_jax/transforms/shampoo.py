@@ -16,8 +16,9 @@ from mup_jax.transforms.options import (
     check_not_negative,
     check_positive,
     check_static,
+    check_steps,
 )
-from mup_jax.transforms.refresh import Turns, check_schedule, refresh
+from mup_jax.transforms.refresh import Turns, refresh
 from mup_jax.transforms.statistics import (
     Factors,
     abstract_factors,
@@ -71,8 +72,9 @@ def scale_by_shampoo(
     Roots of the first few gradients know nothing of the directions that come next, and enlarge them
     by up to 1/ε: kept for ten steps from the first, they make updates thousands of times too large,
     or, grafted, of the wrong direction. With the default `exact_steps`, updates stay within a
-    factor of two of those of `precondition_frequency=1` where the rank of a gradient is at least a
-    twelfth of the block's side. Distributed Shampoo and Anil et al. take grafting's own direction
+    factor of two of those of `precondition_frequency=1` where the rank of a gradient is at least an
+    eighth of the block's side (2.2 at a sixteenth; thousands at rank one, which takes as many exact
+    steps as a block has rows). Distributed Shampoo and Anil et al. take grafting's own direction
     until a first refresh of all instead; SOAP's authors skip one step.
 
     Args:
@@ -86,7 +88,7 @@ def scale_by_shampoo(
       max_preconditioner_dim: a longer side of a matrix has no preconditioner and is not cut.
       precondition_frequency: steps between two refreshes of a block's roots.
       exact_steps: for so many steps all blocks are refreshed at every step; then the interval grows
-        by a step every `exact_steps` steps, until it is `precondition_frequency`. See below.
+        by a step every `exact_steps` steps, until it is `precondition_frequency`; see above.
       stagger: whether to spread the refreshes of the blocks over the steps; otherwise all at once
         where `step % precondition_frequency == 0`. All are refreshed, too, when a block gets its
         first gradient that is not zero.
@@ -115,9 +117,9 @@ def scale_by_shampoo(
     )
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
+    check_steps(precondition_frequency=precondition_frequency, exact_steps=exact_steps)
     check_positive(exponent=exponent)
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
-    check_schedule(precondition_frequency, exact_steps)
 
     def init(params: optax.Params) -> ScaleByShampooState:
         groups = MatrixGroups(params, weight_dimension_numbers, blocking)

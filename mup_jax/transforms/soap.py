@@ -20,8 +20,13 @@ from mup_jax.transforms.linalg import (
     refine_eigenbasis,
 )
 from mup_jax.transforms.matrices import WeightDimensionNumbers
-from mup_jax.transforms.options import check_decays, check_not_negative, check_static
-from mup_jax.transforms.refresh import Turns, check_schedule, refresh
+from mup_jax.transforms.options import (
+    check_decays,
+    check_not_negative,
+    check_static,
+    check_steps,
+)
+from mup_jax.transforms.refresh import Turns, refresh
 from mup_jax.transforms.statistics import (
     Factors,
     Pair,
@@ -160,8 +165,8 @@ def scale_by_soap(
     )
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
+    check_steps(precondition_frequency=precondition_frequency, exact_steps=exact_steps)
     blocking = Blocking(block_size, max_preconditioner_dim, sides)
-    check_schedule(precondition_frequency, exact_steps)
 
     def init(params: optax.Params) -> ScaleBySoapState:
         groups = MatrixGroups(params, weight_dimension_numbers, blocking)
