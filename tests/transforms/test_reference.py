@@ -127,7 +127,8 @@ def test_agrees_with_float64_reference(name):
     transformation = make()
     references = [make_reference() for _ in range(LAYERS)]
     worst = 0.0
-    gradients = list(moving_gradients((LAYERS, *shape), steps=10))
+    # With seed 0 two of SOAP's directions tie, and rounding decides in which order they come.
+    gradients = list(moving_gradients((LAYERS, *shape), steps=10, seed=1))
     # One stacked leaf would do; separate leaves of one shape are grouped into the same stack.
     state = transformation.init([np.float32(g) for g in gradients[0]])
     update = jax.jit(transformation.update)
