@@ -30,10 +30,13 @@ from mup_jax.transfer import (
     rules,
 )
 from mup_jax.transforms import (
+    Block,
+    BlockRule,
     graft,
     normalize_rms,
     normalize_spectral_norm,
     scale_by_adamuon,
+    scale_by_blocks,
     scale_by_muon,
     scale_by_shampoo,
     scale_by_soap,
@@ -43,6 +46,8 @@ from mup_jax.transforms import (
 __version__ = "0.2.0"
 
 __all__ = [
+    "Block",
+    "BlockRule",
     "CoordinateCheck",
     "DerivedRule",
     "ParamShape",
@@ -65,6 +70,7 @@ __all__ = [
     "normalize_spectral_norm",
     "rules",
     "scale_by_adamuon",
+    "scale_by_blocks",
     "scale_by_muon",
     "scale_by_shampoo",
     "scale_by_soap",

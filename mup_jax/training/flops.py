@@ -36,7 +36,7 @@ def count_flops(function: Callable[..., Any], *args: Any, platform: str | None =
 
 
 def _count(jaxpr: Jaxpr) -> float:
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+    return times_of(jaxpr) * sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
 def _count_equation(equation: Any) -> float:
@@ -63,7 +63,6 @@ def _count_equation(equation: Any) -> float:
     times = {
         "scan": params.get("length"),
         "shard_map": getattr(params.get("mesh"), "size", None),
-        "jit": times_of(params.get("name", "")),
     }
     factor = times.get(name)
     return sum(inner) * (1 if factor is None else factor)

@@ -105,7 +105,7 @@ class Rule:
 
     def degree(self, d_in: int, d_out: int) -> float:
         """h of a matrix, of which a side may have no preconditioner."""
-        missing_sides = 2 - sum(self.blocking.of(d_in, d_out))
+        missing_sides = 2 - sum(self.blocking.preconditioned_sides(d_in, d_out))
         return self.homogeneity - missing_sides * self.homogeneity_per_side
 
     def with_learning_rate(self, law: PowerLaw) -> "Rule":
@@ -124,8 +124,8 @@ class Rule:
     def _factor(self, law: PowerLaw, per_side: PowerLaw, shape: ParamShape) -> float:
         here = (shape.d_in, shape.d_out)
         base = (shape.base_d_in, shape.base_d_out)
-        on_sides = self.blocking.of(*here)
-        if self.blocking.of(*base) != on_sides:
+        on_sides = self.blocking.preconditioned_sides(*here)
+        if self.blocking.preconditioned_sides(*base) != on_sides:
             raise ValueError(
                 f"max_preconditioner_dim={self.blocking.max_preconditioner_dim} is between a side "
                 f"of {base} in the base and of {here} here: preconditioned in one of them only, "

@@ -201,7 +201,13 @@ def _formulas(name: str, rule: Rule) -> tuple[str, ...]:
 
 def _formula(rule: Rule, law: PowerLaw, per_side: PowerLaw) -> str:
     exponents = {"d_in": 0.0, "d_out": 0.0, "b_in": 0.0, "b_out": 0.0, "L": 0.0, "n": 0.0}
-    sides = [side for side, on in zip(("in", "out"), rule.blocking.of(*_HIDDEN), strict=True) if on]
+    sides = [
+        side
+        for side, on in zip(
+            ("in", "out"), rule.blocking.preconditioned_sides(*_HIDDEN), strict=True
+        )
+        if on
+    ]
     in_blocks = rule.blocking.block_size is not None
     for side, term in [(None, law), *((side, per_side) for side in sides)]:
         exponents["d_in"] += term.d_in

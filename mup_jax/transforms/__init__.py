@@ -1,10 +1,12 @@
 """Optax transformations for matrices. They know nothing of models or of µP."""
 
-from mup_jax.transforms.adamuon import ScaleByAdaMuonState, scale_by_adamuon
+from mup_jax.transforms.adamuon import AdaMuonState, scale_by_adamuon
+from mup_jax.transforms.engine import Blocks, ScaleByBlocksState, scale_by_blocks
 from mup_jax.transforms.grafting import GraftState, graft
-from mup_jax.transforms.muon import ScaleByMuonState, scale_by_muon
-from mup_jax.transforms.shampoo import ScaleByShampooState, scale_by_shampoo
-from mup_jax.transforms.soap import ScaleBySoapState, scale_by_soap
+from mup_jax.transforms.muon import MuonState, scale_by_muon
+from mup_jax.transforms.rule import Block, BlockRule
+from mup_jax.transforms.shampoo import ShampooState, scale_by_shampoo
+from mup_jax.transforms.soap import SoapState, scale_by_soap
 from mup_jax.transforms.sophia import ScaleBySophiaGState, scale_by_sophia_g
 from mup_jax.transforms.spectral_norm import (
     NormalizeRmsState,
@@ -14,18 +16,23 @@ from mup_jax.transforms.spectral_norm import (
 )
 
 __all__ = [
+    "AdaMuonState",
+    "Block",
+    "BlockRule",
+    "Blocks",
     "GraftState",
+    "MuonState",
     "NormalizeRmsState",
     "NormalizeSpectralNormState",
-    "ScaleByAdaMuonState",
-    "ScaleByMuonState",
-    "ScaleByShampooState",
-    "ScaleBySoapState",
+    "ScaleByBlocksState",
     "ScaleBySophiaGState",
+    "ShampooState",
+    "SoapState",
     "graft",
     "normalize_rms",
     "normalize_spectral_norm",
     "scale_by_adamuon",
+    "scale_by_blocks",
     "scale_by_muon",
     "scale_by_shampoo",
     "scale_by_soap",

@@ -1,24 +1,24 @@
 """AdaMuon: Muon's orthogonalized momentum, divided by the root of its own second moment."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.linalg import Orthogonalizer
+from mup_jax.transforms.engine import scale_by_blocks
+from mup_jax.transforms.linalg import Orthogonalizer, check_orthogonalizer, orthogonalize
 from mup_jax.transforms.matrices import WeightDimensionNumbers
-from mup_jax.transforms.muon import ScaleByMuonState, scale_by_muon
 from mup_jax.transforms.options import check_decays, check_not_negative
-from mup_jax.transforms.statistics import bias_correction
+from mup_jax.transforms.rule import BlockRule
+from mup_jax.transforms.statistics import bias_correction, ema
 
 
-class ScaleByAdaMuonState(NamedTuple):
-    """State of `scale_by_adamuon`."""
+class AdaMuonState(NamedTuple):
+    """What `scale_by_adamuon` keeps of a matrix."""
 
-    count: jax.Array  # type: ignore[assignment]  # int32: steps so far
-    muon: ScaleByMuonState
-    nu: Any  # float32: second moments, like the parameters
+    mu: jax.Array
+    nu: jax.Array  # second moment of the orthogonalized momentum
 
 
 def scale_by_adamuon(
@@ -61,35 +61,23 @@ def scale_by_adamuon(
       Si et al., `AdaMuon <https://arxiv.org/abs/2507.11005>`_, 2025; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
+    check_orthogonalizer(orthogonalizer, steps)
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps, muon_eps=muon_eps)
-    muon = scale_by_muon(
-        b1,
-        nesterov=nesterov,
-        eps=muon_eps,
-        orthogonalizer=orthogonalizer,
-        steps=steps,
-        weight_dimension_numbers=weight_dimension_numbers,
+
+    def init(shape: tuple[int, int]) -> AdaMuonState:
+        return AdaMuonState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+    def direction(
+        gradient: jax.Array, state: AdaMuonState, step: jax.Array
+    ) -> tuple[jax.Array, AdaMuonState]:
+        mu = ema(state.mu, gradient, b1)
+        ahead = ema(mu, gradient, b1) if nesterov else mu
+        polar = orthogonalize(ahead, orthogonalizer, steps=steps, eps=muon_eps)
+        nu = ema(state.nu, jnp.square(polar), b2)
+        size = jnp.sqrt(nu / bias_correction(b2, step))
+        return polar / (size + eps), AdaMuonState(mu, nu)
+
+    return scale_by_blocks(
+        BlockRule(init, direction), weight_dimension_numbers=weight_dimension_numbers
     )
-
-    def init(params: optax.Params) -> ScaleByAdaMuonState:
-        nu = optax.tree.zeros_like(params, dtype=jnp.float32)
-        return ScaleByAdaMuonState(jnp.zeros((), jnp.int32), muon.init(params), nu)
-
-    def update(
-        updates: optax.Updates, state: ScaleByAdaMuonState, params: Any = None
-    ) -> tuple[optax.Updates, ScaleByAdaMuonState]:
-        # In float32 O is not rounded to the gradients' dtype before it is squared.
-        gradients = optax.tree.cast(updates, jnp.float32)
-        directions, muon_state = muon.update(gradients, state.muon, params)
-        count = optax.safe_increment(state.count)
-        nu = optax.tree.update_moment(directions, state.nu, b2, 2)
-        scaled = jax.tree.map(
-            lambda o, v, g: (o / (jnp.sqrt(v) + eps)).astype(g.dtype),
-            directions,
-            jax.tree.map(lambda v: v / bias_correction(b2, count), nu),
-            updates,
-        )
-        return scaled, ScaleByAdaMuonState(count, muon_state, nu)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 Sides = Literal["both", "in", "out"]
 # Whether the in side and the out side are cut into blocks, each with a preconditioner.
-Cut = tuple[bool, bool]
+PreconditionedSides = tuple[bool, bool]
 
 
 class Segment(NamedTuple):
@@ -41,11 +41,11 @@ class Blocking:
     preconditioner and is not cut.
 
     Raises:
-      ValueError: an option is out of range; from `pieces`, `split` and `merge`, no side is left.
+      ValueError: an option is out of range; from `check`, no side is left.
     """
 
-    block_size: int | None
-    max_preconditioner_dim: int
+    block_size: int | None = None
+    max_preconditioner_dim: int | None = None
     sides: Sides = "both"
 
     def __post_init__(self) -> None:
@@ -54,11 +54,11 @@ class Blocking:
         if self.sides not in ("both", "in", "out"):
             raise ValueError(f"sides={self.sides!r}: choose 'both', 'in' or 'out'")
 
-    def of(self, d_in: int, d_out: int) -> Cut:
+    def preconditioned_sides(self, d_in: int, d_out: int) -> PreconditionedSides:
         """Whether the in side and the out side have a preconditioner."""
-        on_in = self.sides != "out" and d_in <= self.max_preconditioner_dim
-        on_out = self.sides != "in" and d_out <= self.max_preconditioner_dim
-        return on_in, on_out
+        limit = self.max_preconditioner_dim
+        within = lambda d: limit is None or d <= limit
+        return self.sides != "out" and within(d_in), self.sides != "in" and within(d_out)
 
     def block_length(self, side: int) -> int:
         """The length of the blocks along a preconditioned side."""
@@ -69,34 +69,37 @@ class Blocking:
 
         A fraction where b does not divide d: an edge block counts by its size.
         """
-        on_sides = zip((d_in, d_out), self.of(d_in, d_out), strict=True)
+        on_sides = zip((d_in, d_out), self.preconditioned_sides(d_in, d_out), strict=True)
         return math.prod(d / self.block_length(d) for d, on in on_sides if on)
 
-    def pieces(self, d_in: int, d_out: int) -> list[tuple[Segment, Segment]]:
-        on = self.of(d_in, d_out)
-        if not any(on):
+    def check(self, d_in: int, d_out: int) -> None:
+        """Refuses matrices that have no preconditioned side."""
+        if not any(self.preconditioned_sides(d_in, d_out)):
             raise ValueError(
                 f"a {d_in}x{d_out} matrix has no side to precondition with sides={self.sides!r} and"
                 f" max_preconditioner_dim={self.max_preconditioner_dim}: raise the limit, or give "
                 "this leaf to another transformation with optax.partition"
             )
-        return self._pieces(d_in, d_out, on)
 
-    def _pieces(self, d_in: int, d_out: int, cut: Cut) -> list[tuple[Segment, Segment]]:
+    def pieces(
+        self, d_in: int, d_out: int, on: PreconditionedSides
+    ) -> list[tuple[Segment, Segment]]:
+        """The pieces of matrices, or of parts of larger ones, that are cut on these sides."""
         rows, columns = (
-            _segments(d, self.block_size if on else None)
-            for d, on in zip((d_in, d_out), cut, strict=True)
+            _segments(d, self.block_size if cut else None)
+            for d, cut in zip((d_in, d_out), on, strict=True)
         )
         return [(row, column) for row in rows for column in columns]
 
-    def split(self, x: jax.Array, cut: Cut) -> list[jax.Array]:
+    def split(self, x: jax.Array, on: PreconditionedSides) -> list[jax.Array]:
         """`(n, d_in, d_out)` -> for each piece `(n, rows, columns, b_in, b_out)`.
 
-        `cut` says which sides are cut, as `of` does: x may be a part of larger matrices.
+        `on` says which sides are cut, as `preconditioned_sides` does: x may be a part of larger
+        matrices.
         """
         n, d_in, d_out = x.shape
         pieces = []
-        for row, column in self._pieces(d_in, d_out, cut):
+        for row, column in self.pieces(d_in, d_out, on):
             piece = x[
                 ...,
                 row.start : row.start + row.size * row.number,
@@ -106,14 +109,16 @@ class Blocking:
             pieces.append(jnp.swapaxes(piece, -3, -2))
         return pieces
 
-    def merge(self, pieces: list[jax.Array], shape: tuple[int, ...], cut: Cut) -> jax.Array:
+    def merge(
+        self, pieces: list[jax.Array], shape: tuple[int, ...], on: PreconditionedSides
+    ) -> jax.Array:
         """The inverse of `split`, for x of a shape."""
         merged = []
         for piece in pieces:
             n, rows, columns, b_in, b_out = piece.shape
             piece = jnp.swapaxes(piece, -3, -2)
             merged.append(piece.reshape(n, rows * b_in, columns * b_out))
-        n_columns = len({column.start for _, column in self._pieces(shape[-2], shape[-1], cut)})
+        n_columns = len({column.start for _, column in self.pieces(shape[-2], shape[-1], on)})
         lines = [
             jnp.concatenate(merged[i : i + n_columns], axis=-1)
             for i in range(0, len(merged), n_columns)

@@ -3,7 +3,7 @@
 Every matrix transformation works on *groups*: all leaves of a tree whose matrices have the same
 shape are one stack `(n, d_in, d_out)`, so that a program grows with the number of different shapes
 and not with the number of leaves or layers. Under a mesh a device works on its part of each group,
-see `mup_jax.transforms.division`.
+see `mup_jax.transforms.sharding_plan`.
 """
 
 import collections
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from mup_jax.transforms.blocking import Blocking
-from mup_jax.transforms.division import IN, OUT, STACK, UNDIVIDED, Division, Layout, divide
 from mup_jax.transforms.matrices import (
     MatrixLayout,
     PyTree,
@@ -27,13 +26,19 @@ from mup_jax.transforms.matrices import (
     matrix_layouts,
 )
 from mup_jax.transforms.shard_alike import shard_alike
-
-WHOLE = Blocking(block_size=None, max_preconditioner_dim=2**62)
+from mup_jax.transforms.sharding_plan import (
+    IN,
+    OUT,
+    STACK,
+    UNDIVIDED,
+    Layout,
+    ShardingPlan,
+    StateArray,
+    plan_sharding,
+)
 
 # One entry per group.
 Groups = dict[str, Any]
-# Fields of one entry per group.
-State = dict[str, Groups]
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -164,24 +169,24 @@ class _Group:
             parts.append(local.from_matrices(x[:, position]).astype(like[i].dtype))
         return parts
 
-    def leaf_spec(self, layout: MatrixLayout, given: Layout) -> jax.P:
-        """The sharding of a leaf whose matrices are divided as `given`."""
+    def leaf_spec(self, layout: MatrixLayout, parameter_layout: Layout) -> jax.P:
+        """The sharding of a leaf."""
         entries: list[Any] = [None] * len(layout.shape)
-        for axes, names in zip(_axes(layout), given, strict=True):
+        for axes, names in zip(_axes(layout), parameter_layout, strict=True):
             if names:
                 entries[axes[0]] = names
         return jax.P(*entries)
 
-    def can_have(self, given: Layout, sizes: Mapping[str, int]) -> bool:
+    def can_have(self, parameter_layout: Layout, sizes: Mapping[str, int]) -> bool:
         """Whether the first axis of every leaf's stack, in side and out side can be divided so."""
         return all(
             not names
             or (axes and layout.shape[axes[0]] % math.prod(sizes[name] for name in names) == 0)
             for layout in self.layouts
-            for axes, names in zip(_axes(layout), given, strict=True)
+            for axes, names in zip(_axes(layout), parameter_layout, strict=True)
         )
 
-    def given(self, leaves: list[Any], mesh: _Mesh) -> Layout:
+    def parameter_layout(self, leaves: list[Any], mesh: _Mesh) -> Layout:
         """The layout in which gradients arrive, that of most leaves.
 
         Automatic axes do not show in a type. They are taken to divide in side and out side in turn,
@@ -210,27 +215,26 @@ def _axes(layout: MatrixLayout) -> tuple[tuple[int, ...], ...]:
     return layout.stack_axes, layout.in_axes, layout.out_axes
 
 
-def is_healthy(gradients: jax.Array, division: Division) -> jax.Array:
-    """Whether the squares of matrices `(n, d_in, d_out)` are finite in float32: `(n, 1, 1)` bool.
+def is_healthy(gradients: jax.Array, plan: ShardingPlan) -> jax.Array:
+    """Whether the squares of matrices `(n, d_in, d_out)` are finite in float32: `(n,)` bool.
 
     The trace of G Gᵀ bounds all its entries, so a healthy gradient has finite statistics.
     """
-    squares = jnp.sum(jnp.square(gradients), axis=(-2, -1), keepdims=True)
-    return jnp.isfinite(division.over(jax.lax.psum, squares, IN, OUT))
+    squares = jnp.sum(jnp.square(gradients), axis=(-2, -1))
+    return jnp.isfinite(plan.reduce(jax.lax.psum, squares, IN, OUT))
 
 
 class MatrixGroups:
     """The leaves of a tree as one array `(n, d_in, d_out)` per matrix shape.
 
-    Groups are named by that shape, as "8x256x1024". A state is a dictionary of fields, each with
-    one entry per group: a tree of arrays `(n, d_in, d_out)` or `(n, rows, columns, d, d)`.
+    Groups are named by that shape, as "8x256x1024". A state has for each group a tree of arrays.
 
     Attributes:
-      divisions: how each group is divided over the mesh in use.
+      plans: how each group is sharded over the mesh in use.
     """
 
     def __init__(
-        self, tree: PyTree, numbers: WeightDimensionNumbers, blocking: Blocking = WHOLE
+        self, tree: PyTree, numbers: WeightDimensionNumbers, blocking: Blocking | None = None
     ) -> None:
         self._treedef: Any
         leaves, self._treedef = jax.tree.flatten(tree)
@@ -248,63 +252,74 @@ class MatrixGroups:
             for key, indices in members.items()
         }
         self._mesh = _Mesh.in_use(leaves)
-        self.divisions: dict[str, Division] = {
-            key: divide(group.shape, group.given(leaves, self._mesh), self._mesh.sizes, blocking)
+        self._blocking = blocking or Blocking()
+        self.plans: dict[str, ShardingPlan] = {
+            key: plan_sharding(
+                group.shape,
+                group.parameter_layout(leaves, self._mesh),
+                self._mesh.sizes,
+                self._blocking,
+            )
             for key, group in self._groups.items()
         }
 
-    def _map_state(self, function: Callable, state: State, *rest: State) -> State:
-        """`function(division, leaf, ...)` over the arrays of a state."""
-        return {
-            field: {
-                key: jax.tree.map(
-                    partial(function, self.divisions[key]),
-                    entry,
-                    *(other[field][key] for other in rest),
-                )
-                for key, entry in entries.items()
-            }
-            for field, entries in state.items()
-        }
+    def init(self, make: Callable[[ShardingPlan], Any], arrays: Groups) -> Groups:
+        """The state of each group, stored as `run` wants it.
 
-    @property
-    def matrices(self) -> Groups:
-        """What a state keeps of every matrix: abstract `(n, d_in, d_out)` in float32."""
-        return {
-            key: jax.ShapeDtypeStruct(division.shape, jnp.float32)
-            for key, division in self.divisions.items()
-        }
-
-    def zeros(self, state: State) -> State:
-        """A state of zeros, stored as `run` wants it, from an abstract one."""
+        Args:
+          make: gives a device's part of it, in the layout of the computation.
+          arrays: a `StateArray` for each array that `make` gives.
+        """
         if self._is_placeholder:
             placeholder: Any = jnp.zeros(())
-            return dict.fromkeys(state, placeholder)
+            return placeholder
         devices = self._mesh.entered(self._leaves)
         if devices is None:
             # The first update divides it.
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-        specs = self._map_state(lambda division, x: division.spec(x.shape), state)
-        part = lambda division, x: jnp.zeros(division.stored_shape(x.shape), x.dtype)
+            return {
+                key: make(plan_sharding(plan.shape, UNDIVIDED, {}, self._blocking))
+                for key, plan in self.plans.items()
+            }
+
+        def local() -> Groups:
+            state = {key: make(plan) for key, plan in self.plans.items()}
+            return self._map_state(ShardingPlan.to_storage, state, arrays)
+
         with devices:
-            return self._mesh.shard(lambda: self._map_state(part, state), (), specs)()
+            return self._mesh.shard(local, (), self._specs(arrays))()
+
+    def _map_state(self, function: Callable, state: Groups, arrays: Groups) -> Groups:
+        """`function(plan, x, array)` for each x of a state."""
+        return {
+            key: jax.tree.map(partial(function, plan), state[key], arrays[key])
+            for key, plan in self.plans.items()
+        }
+
+    def _specs(self, arrays: Groups) -> Groups:
+        is_array = lambda x: isinstance(x, StateArray)
+        return {
+            key: jax.tree.map(plan.spec, arrays[key], is_leaf=is_array)
+            for key, plan in self.plans.items()
+        }
 
     def run(
         self,
-        step: Callable[..., tuple[Groups, State]],
+        step: Callable[..., tuple[Groups, Groups]],
         updates: PyTree,
-        state: State,
+        state: Groups,
+        arrays: Groups,
         *scalars: Any,
         params: PyTree | None = None,
-    ) -> tuple[PyTree, State, jax.Array]:
+    ) -> tuple[PyTree, Groups, jax.Array]:
         """Runs one step of an optimizer, every device on its part of each group.
 
         Args:
           step: `(gradients, healthy, state, *scalars) -> (directions, state)` on the parts of a
             device: gradients and directions `{key: (n, d_in, d_out)}` in float32, `healthy`
-            `{key: (n, 1, 1)}` says of which matrices the gradients can be used.
+            `{key: (n,)}` says of which matrices the gradients can be used.
           updates: a tree like the one given at construction: gradients.
-          state: of which every leaf is divided.
+          state: from `init`, or from the last step.
+          arrays: as in `init`.
           *scalars: passed on.
           params: whose sharding the directions get, where there are any.
 
@@ -313,34 +328,33 @@ class MatrixGroups:
           whose gradients were not healthy.
         """
         leaves = jax.tree.leaves(updates)
-        shapes = self._map_state(lambda _, x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
-        def local(leaves: list[jax.Array], state: State, scalars: Any) -> Any:
+        def local(leaves: list[jax.Array], state: Groups, scalars: Any) -> Any:
             gradients, healthy = {}, {}
             for key, group in self._groups.items():
-                division = self.divisions[key]
-                gradients[key] = division.enter(group.stack(leaves)).astype(jnp.float32)
-                healthy[key] = is_healthy(gradients[key], division)
-            state = self._map_state(Division.enter_state, state, shapes)
+                plan = self.plans[key]
+                gradients[key] = plan.to_compute(group.stack(leaves)).astype(jnp.float32)
+                healthy[key] = is_healthy(gradients[key], plan)
+            state = self._map_state(ShardingPlan.from_storage, state, arrays)
             directions, state = step(gradients, healthy, state, *scalars)
 
             results: list[Any] = [None] * len(leaves)
             skipped = jnp.zeros((), jnp.int32)
             for key, group in self._groups.items():
-                division = self.divisions[key]
+                plan = self.plans[key]
                 dtype = jnp.result_type(*(leaves[i] for i in group.members))
-                whole = division.leave(directions[key].astype(dtype))
+                whole = plan.from_compute(directions[key].astype(dtype))
                 for i, part in zip(group.members, group.unstack(whole, leaves), strict=True):
                     results[i] = part
                 unhealthy = jnp.sum(~healthy[key], dtype=jnp.int32)
-                skipped += division.over(jax.lax.psum, unhealthy, STACK)
-            return results, self._map_state(Division.leave_state, state, shapes), skipped
+                skipped += plan.reduce(jax.lax.psum, unhealthy, STACK)
+            return results, self._map_state(ShardingPlan.to_storage, state, arrays), skipped
 
         leaf_specs: list[Any] = [None] * len(leaves)
         for key, group in self._groups.items():
             for i, layout in zip(group.members, group.layouts, strict=True):
-                leaf_specs[i] = group.leaf_spec(layout, self.divisions[key].given)
-        state_specs = self._map_state(lambda division, x: division.spec(x.shape), state)
+                leaf_specs[i] = group.leaf_spec(layout, self.plans[key].parameter_layout)
+        state_specs = self._specs(arrays)
         sharded = self._mesh.shard(
             local, (leaf_specs, state_specs, jax.P()), (leaf_specs, state_specs, jax.P())
         )

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mup_jax.transforms.engine import ScaleByBlocksState
 from mup_jax.transforms.linalg import FLOOR, ROUNDING, identity, matmul
-from mup_jax.transforms.shampoo import ScaleByShampooState
-from mup_jax.transforms.soap import ScaleBySoapState
+from mup_jax.transforms.shampoo import ShampooState
+from mup_jax.transforms.soap import SoapState
 from mup_jax.transforms.statistics import unpack
 
 _SQUARINGS = 14
@@ -31,26 +32,28 @@ def preconditioner_health(state: optax.OptState) -> dict[str, jax.Array]:
 
       Blocks without statistics count as zeros.
     """
-    is_known = lambda x: isinstance(x, (ScaleByShampooState, ScaleBySoapState))
+    is_known = lambda x: isinstance(x, ScaleByBlocksState)
     states = [x for x in jax.tree.leaves(state, is_leaf=is_known) if is_known(x)]
     sides: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
+    nonfinite: list[jax.Array] = []
     for known in states:
-        of_side, factors = (
-            (_of_root, known.roots)
-            if isinstance(known, ScaleByShampooState)
-            else (_of_basis, known.bases)
-        )
-        for group, pieces in known.statistics.items():
-            pairs = zip(jax.tree.leaves(pieces), jax.tree.leaves(factors[group]), strict=True)
-            measured = [of_side(*map(_whole, pair)) for pair in pairs]
-            sides.setdefault(group, []).extend(measured)
+        pieces = [(key, each.state) for key, blocks in known.blocks.items() for each in blocks]
+        pieces = [(key, x) for key, x in pieces if isinstance(x, (ShampooState, SoapState))]
+        for key, x in pieces:
+            of_side, factors = (
+                (_of_root, x.roots) if isinstance(x, ShampooState) else (_of_basis, x.bases)
+            )
+            pairs = zip(jax.tree.leaves(x.statistics), jax.tree.leaves(factors), strict=True)
+            sides.setdefault(key, []).extend(of_side(*map(_whole, pair)) for pair in pairs)
+        if pieces:
+            nonfinite.append(known.nonfinite)
     health: dict[str, jax.Array] = {}
     for group, measured in sides.items():
         conditions, stalenesses = zip(*measured, strict=True)
         health[f"condition/{group}"] = jnp.max(jnp.stack([jnp.max(x) for x in conditions]))
         health[f"staleness/{group}"] = jnp.mean(jnp.stack([jnp.mean(x) for x in stalenesses]))
-    if states:
-        health["nonfinite"] = sum(known.nonfinite for known in states)
+    if nonfinite:
+        health["nonfinite"] = jnp.sum(jnp.stack(nonfinite))
     return health
 
 

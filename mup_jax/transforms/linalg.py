@@ -4,7 +4,6 @@ All functions act on the last two axes and broadcast over the ones before.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +32,6 @@ __all__ = [
     "FLOOR",
     "ROUNDING",
     "Orthogonalizer",
-    "batch_by_shape",
     "check_orthogonalizer",
     "eigenbasis",
     "identity",
@@ -44,25 +42,6 @@ __all__ = [
     "refine_eigenbasis",
     "use_paths_of",
 ]
-
-
-def batch_by_shape(function: Callable[..., jax.Array], *trees: Any) -> Any:
-    """`jax.tree.map(function, *trees)` in one call for all leaves whose matrices have one shape.
-
-    The leaves are stacks of matrices `(n, ...)`, of which `function` maps each on its own. One call
-    for many stacks keeps programs small and factorizations in one batch.
-    """
-    leaves = [jax.tree.leaves(tree) for tree in trees]
-    members: dict[Any, list[int]] = {}
-    for i, stacks in enumerate(zip(*leaves, strict=True)):
-        members.setdefault(tuple(x.shape[1:] for x in stacks), []).append(i)
-    results: list[Any] = [None] * len(leaves[0])
-    for indices in members.values():
-        merged = function(*(jnp.concatenate([stacks[i] for i in indices]) for stacks in leaves))
-        ends = list(itertools.accumulate(len(leaves[0][i]) for i in indices))
-        for i, part in zip(indices, jnp.split(merged, ends[:-1]), strict=True):
-            results[i] = part
-    return jax.tree.unflatten(jax.tree.structure(trees[0]), results)
 
 
 def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:

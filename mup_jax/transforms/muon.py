@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.groups import Groups, MatrixGroups, State
+from mup_jax.transforms.engine import scale_by_blocks
 from mup_jax.transforms.linalg import Orthogonalizer, check_orthogonalizer, orthogonalize
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.options import check_decays, check_not_negative
+from mup_jax.transforms.rule import BlockRule
 from mup_jax.transforms.statistics import ema
 
 ShapeFactor = Literal["none", "spectral", "jordan", "rms"]
@@ -23,11 +24,10 @@ SHAPE_FACTORS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-class ScaleByMuonState(NamedTuple):
-    """State of `scale_by_muon`; one entry per matrix shape."""
+class MuonState(NamedTuple):
+    """What `scale_by_muon` keeps of a matrix."""
 
-    mu: dict[str, jax.Array]
-    nonfinite: jax.Array  # int32: matrices of gradients skipped so far
+    mu: jax.Array
 
 
 def scale_by_muon(
@@ -94,27 +94,18 @@ def scale_by_muon(
     if shape_factor not in SHAPE_FACTORS:
         raise ValueError(f"shape_factor={shape_factor!r}: choose from {', '.join(SHAPE_FACTORS)}")
 
-    def init(params: optax.Params) -> ScaleByMuonState:
-        groups = MatrixGroups(params, weight_dimension_numbers)
-        state = groups.zeros({"mu": groups.matrices})
-        return ScaleByMuonState(**state, nonfinite=jnp.zeros((), jnp.int32))
+    def init(shape: tuple[int, int]) -> MuonState:
+        return MuonState(jnp.zeros(shape, jnp.float32))
 
-    def step(gradients: Groups, healthy: Groups, state: State) -> tuple[Groups, State]:
-        mu, directions = {}, {}
-        for key, gradient in gradients.items():
-            mu[key] = ema(state["mu"][key], gradient, beta, healthy[key])
-            ahead = ema(mu[key], gradient, beta, healthy[key]) if nesterov else mu[key]
-            direction = orthogonalize(
-                ahead, orthogonalizer, steps=steps, eps=eps, gram_form=gram_form
-            )
-            directions[key] = SHAPE_FACTORS[shape_factor](*gradient.shape[-2:]) * direction
-        return directions, {"mu": mu}
+    def direction(
+        gradient: jax.Array, state: MuonState, step: jax.Array
+    ) -> tuple[jax.Array, MuonState]:
+        del step
+        mu = ema(state.mu, gradient, beta)
+        ahead = ema(mu, gradient, beta) if nesterov else mu
+        polar = orthogonalize(ahead, orthogonalizer, steps=steps, eps=eps, gram_form=gram_form)
+        return SHAPE_FACTORS[shape_factor](*gradient.shape) * polar, MuonState(mu)
 
-    def update(
-        updates: optax.Updates, state: ScaleByMuonState, params: Any = None
-    ) -> tuple[optax.Updates, ScaleByMuonState]:
-        groups = MatrixGroups(updates, weight_dimension_numbers)
-        directions, new, skipped = groups.run(step, updates, {"mu": state.mu}, params=params)
-        return directions, ScaleByMuonState(**new, nonfinite=state.nonfinite + skipped)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+    return scale_by_blocks(
+        BlockRule(init, direction), weight_dimension_numbers=weight_dimension_numbers
+    )

@@ -56,15 +56,29 @@ def _lapack_takes_turns() -> bool:
 
 
 def factorize(factorization: Callable[..., Any], *matrices: jax.Array) -> Any:
-    """A function of `(m, n)` matrices that calls LAPACK, of `(..., m, n)`.
+    """A function of `(..., m, n)` matrices that calls LAPACK.
 
     On CPUs jaxlib spreads a batch over all threads, and on each of them OpenBLAS does the same
     again. Several devices in a process (as in tests) then wait for each other's threads, for
     minutes or for ever. Unless OPENBLAS_NUM_THREADS=1 forbids that, they take one matrix at a time.
     """
-    *batch, _, _ = matrices[0].shape
-    if not batch or not _lapack_takes_turns():
+    if not _lapack_takes_turns():
         return factorization(*matrices)
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in matrices]
-    results = jax.lax.map(lambda pair: factorization(*pair), flat)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+    @jax.custom_batching.custom_vmap
+    def in_turn(*matrices: jax.Array) -> Any:
+        *batch, _, _ = matrices[0].shape
+        if not batch:
+            return factorization(*matrices)
+        flat = [x.reshape(-1, *x.shape[-2:]) for x in matrices]
+        results = jax.lax.map(lambda pair: factorization(*pair), flat)
+        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+    @in_turn.def_vmap
+    def _(size: int, is_batched: list[bool], *matrices: jax.Array) -> Any:
+        pairs = zip(matrices, is_batched, strict=True)
+        stacks = (x if ok else jnp.broadcast_to(x, (size, *x.shape)) for x, ok in pairs)
+        results = in_turn(*stacks)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return in_turn(*matrices)

@@ -1,15 +1,14 @@
 """Shampoo: a Kronecker-factored preconditioner for each block of each matrix."""
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.blocking import Blocking, Sides
-from mup_jax.transforms.groups import Groups, MatrixGroups, State
-from mup_jax.transforms.linalg import batch_by_shape, inverse_root
+from mup_jax.transforms.blocking import Sides
+from mup_jax.transforms.engine import scale_by_blocks
+from mup_jax.transforms.linalg import inverse_root
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.options import (
     check_decays,
@@ -18,28 +17,26 @@ from mup_jax.transforms.options import (
     check_static,
     check_steps,
 )
-from mup_jax.transforms.refresh import Turns, refresh
+from mup_jax.transforms.rule import Block, BlockRule
 from mup_jax.transforms.statistics import (
     Factors,
-    abstract_factors,
     bias_correction,
     ema,
-    is_alive,
+    make_factors,
     multiply_sides,
     pack,
+    packed_grams,
+    packed_zeros,
     unpack,
-    update_factors,
 )
 
 
-class ScaleByShampooState(NamedTuple):
-    """State of `scale_by_shampoo`; one entry per matrix shape."""
+class ShampooState(NamedTuple):
+    """What `scale_by_shampoo` keeps of a block; factors are symmetric and packed."""
 
-    count: jax.Array  # type: ignore[assignment]  # int32: steps so far
-    mu: dict[str, jax.Array]
+    mu: jax.Array
     statistics: Factors
     roots: Factors
-    nonfinite: jax.Array  # int32: matrices of gradients skipped so far
 
 
 def scale_by_shampoo(
@@ -119,96 +116,48 @@ def scale_by_shampoo(
     check_not_negative(eps=eps)
     check_steps(precondition_frequency=precondition_frequency, exact_steps=exact_steps)
     check_positive(exponent=exponent)
-    blocking = Blocking(block_size, max_preconditioner_dim, sides)
 
-    def init(params: optax.Params) -> ScaleByShampooState:
-        groups = MatrixGroups(params, weight_dimension_numbers, blocking)
-        factors = partial(abstract_factors, groups.divisions, blocking, packed=True)
-        return ScaleByShampooState(
-            count=jnp.zeros((), jnp.int32),
-            **groups.zeros(
-                {
-                    "mu": groups.matrices,
-                    "statistics": factors(),
-                    "roots": factors(dtype=preconditioner_dtype),
-                }
-            ),
-            nonfinite=jnp.zeros((), jnp.int32),
-        )
+    def make_rule(block: Block) -> BlockRule:
+        def init(shape: tuple[int, int]) -> ShampooState:
+            zeros = make_factors(shape, block, packed_zeros)
+            roots = jax.tree.map(lambda x: x.astype(preconditioner_dtype), zeros)
+            return ShampooState(jnp.zeros(shape, jnp.float32), zeros, roots)
 
-    def update(
-        updates: optax.Updates, state: ScaleByShampooState, params: Any = None
-    ) -> tuple[optax.Updates, ScaleByShampooState]:
-        groups = MatrixGroups(updates, weight_dimension_numbers, blocking)
+        def accumulate(gradient: jax.Array, state: ShampooState, step: jax.Array) -> ShampooState:
+            del step
+            grams = packed_grams(gradient, block)
+            average = lambda old, new: ema(old, new, b2)
+            return state._replace(statistics=jax.tree.map(average, state.statistics, grams))
 
-        def step(
-            gradients: Groups, healthy: Groups, state: State, steps_before: jax.Array
-        ) -> tuple[Groups, State]:
-            count = steps_before + 1
-            correction = bias_correction(b2, count)
-            mu: Groups = {}
-            statistics: Factors = {}
-            turns: Groups = {}
-            overdue: Groups = {}
-            for key, gradient in gradients.items():
-                division = groups.divisions[key]
-                mu[key] = ema(state["mu"][key], gradient, b1, healthy[key])
-                blocks = blocking.split(gradient, division.cut)
-                statistics[key] = [
-                    update_factors(pair, block, b2, healthy[key][..., None, None], division)
-                    for pair, block in zip(state["statistics"][key], blocks, strict=True)
-                ]
-                turns[key] = [Turns.of(block.shape[:3], division) for block in blocks]
-                # The first gradient that is neither zero nor bad may come late.
-                overdue[key] = [
-                    is_alive(statistic) & ~is_alive(root)
-                    for root, statistic in zip(state["roots"][key], statistics[key], strict=True)
-                ]
+        def refresh(state: ShampooState, step: jax.Array) -> ShampooState:
+            def root(statistic: jax.Array, previous: jax.Array) -> jax.Array:
+                new = inverse_root(
+                    unpack(statistic) / bias_correction(b2, step),
+                    unpack(previous).astype(jnp.float32),
+                    exponent,
+                    eps=eps,
+                    relative_eps=relative_eps,
+                )
+                return pack(new).astype(previous.dtype)
 
-            def fresh_roots(roots: Factors, statistics: Factors) -> Factors:
-                def root(statistic: jax.Array, previous: jax.Array) -> jax.Array:
-                    new = inverse_root(
-                        unpack(statistic) / correction,
-                        unpack(previous).astype(jnp.float32),
-                        exponent,
-                        eps=eps,
-                        relative_eps=relative_eps,
-                    )
-                    return pack(new).astype(previous.dtype)
+            return state._replace(roots=jax.tree.map(root, state.statistics, state.roots))
 
-                return batch_by_shape(root, statistics, roots)
+        def direction(
+            gradient: jax.Array, state: ShampooState, step: jax.Array
+        ) -> tuple[jax.Array, ShampooState]:
+            mu = ema(state.mu, gradient, b1)
+            preconditioned = multiply_sides(jax.tree.map(unpack, state.roots), mu)
+            return preconditioned / bias_correction(b1, step), state._replace(mu=mu)
 
-            roots = refresh(
-                steps_before,
-                precondition_frequency,
-                fresh_roots,
-                state["roots"],
-                statistics,
-                turns=turns,
-                overdue=overdue,
-                stagger=stagger,
-                first_steps=exact_steps,
-            )
-            directions = {}
-            for key, momentum in mu.items():
-                cut = groups.divisions[key].cut
-                pieces = [
-                    multiply_sides(jax.tree.map(unpack, pair), block)
-                    for pair, block in zip(roots[key], blocking.split(momentum, cut), strict=True)
-                ]
-                merged = blocking.merge(pieces, momentum.shape, cut)
-                directions[key] = merged / bias_correction(b1, count)
-            return directions, {"mu": mu, "statistics": statistics, "roots": roots}
+        return BlockRule(init, direction, accumulate, refresh)
 
-        directions, new, skipped = groups.run(
-            step,
-            updates,
-            {"mu": state.mu, "statistics": state.statistics, "roots": state.roots},
-            state.count,
-            params=params,
-        )
-        return directions, ScaleByShampooState(
-            count=state.count + 1, **new, nonfinite=state.nonfinite + skipped
-        )
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+    return scale_by_blocks(
+        make_rule,
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        sides=sides,
+        precondition_frequency=precondition_frequency,
+        first_steps=exact_steps,
+        stagger=stagger,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

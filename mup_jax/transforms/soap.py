@@ -1,19 +1,17 @@
 """SOAP: Adam in the eigenbasis of Shampoo's statistics."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mup_jax.transforms.blocking import Blocking, Sides
-from mup_jax.transforms.groups import Groups, MatrixGroups, State
+from mup_jax.transforms.blocking import Sides
+from mup_jax.transforms.engine import scale_by_blocks
 from mup_jax.transforms.linalg import (
     FLOOR,
     ROUNDING,
-    batch_by_shape,
     eigenbasis,
     identity,
     matmul,
@@ -26,77 +24,30 @@ from mup_jax.transforms.options import (
     check_static,
     check_steps,
 )
-from mup_jax.transforms.refresh import Turns, refresh
+from mup_jax.transforms.rule import Block, BlockRule
 from mup_jax.transforms.statistics import (
     Factors,
-    Pair,
-    abstract_factors,
     bias_correction,
     ema,
-    is_alive,
+    make_factors,
     multiply_sides,
+    packed_grams,
+    packed_zeros,
     unpack,
-    update_factors,
 )
 
 
-class ScaleBySoapState(NamedTuple):
-    """State of `scale_by_soap`; one entry per matrix shape."""
+class SoapState(NamedTuple):
+    """What `scale_by_soap` keeps of a block."""
 
-    count: jax.Array  # type: ignore[assignment]  # int32: steps so far
-    mu: dict[str, jax.Array]
-    nu: dict[str, jax.Array]  # second moment, in the bases of the blocks
-    statistics: Factors
+    mu: jax.Array
+    nu: jax.Array  # second moment, in the bases
+    statistics: Factors  # symmetric, packed
     bases: Factors
-    nonfinite: jax.Array  # int32: matrices of gradients skipped so far
-
-
-# The bases of a block and the second moment in them.
-Based = tuple[Pair, jax.Array]
 
 
 def _squared_rotation(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.square(matmul(old.mT.astype(jnp.float32), new.astype(jnp.float32)))
-
-
-def _move(find_basis: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """A refresh of bases that takes the second moments V along.
-
-    V <- (S_in∘S_in)ᵀ V (S_out∘S_out) with S = Q_oldᵀ Q_new: exact for a gradient whose rotated
-    entries are uncorrelated. A permutation of the basis carries V along with its directions, so
-    eigenvalues may swap order.
-    """
-
-    def fresh(current: dict[str, list[Based]], statistics: Factors) -> dict[str, list[Based]]:
-        old = {key: [bases for bases, _ in pieces] for key, pieces in current.items()}
-
-        def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
-            new = find_basis(unpack(statistic), previous.astype(jnp.float32))
-            return new.astype(previous.dtype)
-
-        new = batch_by_shape(basis, statistics, old)
-        squared_rotation = jax.tree.map(_squared_rotation, old, new)
-        return {
-            key: [
-                (new[key][i], multiply_sides(squared_rotation[key][i], nu))
-                for i, (_, nu) in enumerate(pieces)
-            ]
-            for key, pieces in current.items()
-        }
-
-    return fresh
-
-
-def _rotate(basis: Pair, block: jax.Array, first: jax.Array) -> jax.Array:
-    """Qᵀ X Q for a gradient or momentum X.
-
-    At a block's first gradient both bases come from it alone, and make it diagonal. What rounding
-    leaves beside the diagonal would be divided by its own size and come out as ±1.
-    """
-    rotated = multiply_sides(basis, block)
-    if any(q is None for q in basis):
-        return rotated
-    return jnp.where(first, rotated * identity(rotated.ndim, *rotated.shape[-2:]), rotated)
 
 
 def scale_by_soap(
@@ -166,111 +117,80 @@ def scale_by_soap(
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
     check_steps(precondition_frequency=precondition_frequency, exact_steps=exact_steps)
-    blocking = Blocking(block_size, max_preconditioner_dim, sides)
 
-    def init(params: optax.Params) -> ScaleBySoapState:
-        groups = MatrixGroups(params, weight_dimension_numbers, blocking)
-        factors = partial(abstract_factors, groups.divisions, blocking)
-        fields: State = {
-            "mu": groups.matrices,
-            "nu": groups.matrices,
-            "statistics": factors(packed=True),
-            "bases": factors(packed=False, dtype=preconditioner_dtype),
-        }
-        return ScaleBySoapState(
-            count=jnp.zeros((), jnp.int32),
-            **groups.zeros(fields),
-            nonfinite=jnp.zeros((), jnp.int32),
+    def make_rule(block: Block) -> BlockRule:
+        def init(shape: tuple[int, int]) -> SoapState:
+            zeros = jnp.zeros(shape, jnp.float32)
+            bases = make_factors(shape, block, lambda d: jnp.zeros((d, d), preconditioner_dtype))
+            return SoapState(zeros, zeros, make_factors(shape, block, packed_zeros), bases)
+
+        def accumulate(gradient: jax.Array, state: SoapState, step: jax.Array) -> SoapState:
+            del step
+            grams = packed_grams(gradient, block)
+            average = lambda old, new: ema(old, new, b2)
+            return state._replace(statistics=jax.tree.map(average, state.statistics, grams))
+
+        def refresh_by(find: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
+            """V <- (S_in∘S_in)ᵀ V (S_out∘S_out) with S = Q_oldᵀ Q_new takes V along.
+
+            It is exact for a gradient whose rotated entries are uncorrelated. A permutation of the
+            basis carries V along with its directions, so eigenvalues may swap order.
+            """
+
+            def refresh(state: SoapState, step: jax.Array) -> SoapState:
+                del step
+
+                def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
+                    new = find(unpack(statistic), previous.astype(jnp.float32))
+                    return new.astype(previous.dtype)
+
+                bases = jax.tree.map(basis, state.statistics, state.bases)
+                rotations = jax.tree.map(_squared_rotation, state.bases, bases)
+                return state._replace(bases=bases, nu=multiply_sides(rotations, state.nu))
+
+            return refresh
+
+        def direction(
+            gradient: jax.Array, state: SoapState, step: jax.Array
+        ) -> tuple[jax.Array, SoapState]:
+            mu = ema(state.mu, gradient, b1)
+            is_first = block.max_over_parts(jnp.max(state.nu)) == 0
+
+            def rotate(x: jax.Array) -> jax.Array:
+                """Qᵀ X Q.
+
+                At a block's first gradient both bases come from it alone, and make it diagonal.
+                What rounding leaves beside it would be divided by its own size and come out as ±1.
+                """
+                rotated = multiply_sides(state.bases, x)
+                if not all(block.sides):
+                    return rotated
+                return jnp.where(is_first, rotated * identity(2, *x.shape), rotated)
+
+            nu = ema(state.nu, jnp.square(rotate(gradient)), b2)
+            size = jnp.sqrt(nu)
+            # Directions without a gradient have V of rounding noise, or exactly zero.
+            noise = ROUNDING * block.max_over_parts(jnp.max(size))
+            adam = rotate(mu) / jnp.maximum(size + eps, jnp.maximum(noise, FLOOR))
+            update = multiply_sides(jax.tree.map(lambda q: q.mT, state.bases), adam)
+            correction = jnp.sqrt(bias_correction(b2, step)) / bias_correction(b1, step)
+            return update * correction, state._replace(mu=mu, nu=nu)
+
+        return BlockRule(
+            init,
+            direction,
+            accumulate,
+            refresh_by(refine_eigenbasis),
+            first_refresh=refresh_by(lambda statistic, _: eigenbasis(statistic)),
         )
 
-    def update(
-        updates: optax.Updates, state: ScaleBySoapState, params: Any = None
-    ) -> tuple[optax.Updates, ScaleBySoapState]:
-        groups = MatrixGroups(updates, weight_dimension_numbers, blocking)
-
-        def step(
-            gradients: Groups, healthy: Groups, state: State, steps_before: jax.Array
-        ) -> tuple[Groups, State]:
-            mu: Groups = {}
-            statistics: Factors = {}
-            based: dict[str, list[Based]] = {}
-            turns: Groups = {}
-            is_new: Groups = {}
-            overdue: Groups = {}
-            for key, gradient in gradients.items():
-                division = groups.divisions[key]
-                mu[key] = ema(state["mu"][key], gradient, b1, healthy[key])
-                blocks = blocking.split(gradient, division.cut)
-                statistics[key] = [
-                    update_factors(pair, block, b2, healthy[key][..., None, None], division)
-                    for pair, block in zip(state["statistics"][key], blocks, strict=True)
-                ]
-                nus = blocking.split(state["nu"][key], division.cut)
-                based[key] = list(zip(state["bases"][key], nus, strict=True))
-                turns[key] = [Turns.of(block.shape[:3], division) for block in blocks]
-                # Blocks without a second moment; the first gradient that counts may come late.
-                largest = [division.over_uncut(jax.lax.pmax, jnp.max(v, (-2, -1))) for v in nus]
-                is_new[key] = [v == 0 for v in largest]
-                overdue[key] = [
-                    is_alive(statistic) & new
-                    for statistic, new in zip(statistics[key], is_new[key], strict=True)
-                ]
-            based = refresh(
-                steps_before,
-                precondition_frequency,
-                _move(refine_eigenbasis),
-                based,
-                statistics,
-                turns=turns,
-                overdue=overdue,
-                stagger=stagger,
-                first=_move(lambda statistics, _: eigenbasis(statistics)),
-                first_steps=exact_steps,
-            )
-            count = steps_before + 1
-            correction = jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
-            nu: Groups = {}
-            directions: Groups = {}
-            for key, gradient in gradients.items():
-                division = groups.divisions[key]
-                nus, pieces = [], []
-                for (basis, old_nu), new, block, momentum in zip(
-                    based[key],
-                    is_new[key],
-                    blocking.split(gradient, division.cut),
-                    blocking.split(mu[key], division.cut),
-                    strict=True,
-                ):
-                    rotate = partial(_rotate, basis, first=new[..., None, None])
-                    v = ema(old_nu, jnp.square(rotate(block)), b2, healthy[key][..., None, None])
-                    size = jnp.sqrt(v)
-                    # Directions without a gradient have v of rounding noise, or exactly zero.
-                    peak = jnp.max(size, axis=(-2, -1), keepdims=True)
-                    noise = ROUNDING * division.over_uncut(jax.lax.pmax, peak)
-                    adam = rotate(momentum) / jnp.maximum(size + eps, jnp.maximum(noise, FLOOR))
-                    back = jax.tree.map(lambda q: q.mT, basis)
-                    nus.append(v)
-                    pieces.append(multiply_sides(back, adam))
-                nu[key] = blocking.merge(nus, gradient.shape, division.cut)
-                merged = blocking.merge(pieces, gradient.shape, division.cut)
-                directions[key] = merged * correction
-            bases = {key: [basis for basis, _ in pieces] for key, pieces in based.items()}
-            return directions, {"mu": mu, "nu": nu, "statistics": statistics, "bases": bases}
-
-        directions, new, skipped = groups.run(
-            step,
-            updates,
-            {
-                "mu": state.mu,
-                "nu": state.nu,
-                "statistics": state.statistics,
-                "bases": state.bases,
-            },
-            state.count,
-            params=params,
-        )
-        return directions, ScaleBySoapState(
-            count=state.count + 1, **new, nonfinite=state.nonfinite + skipped
-        )
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+    return scale_by_blocks(
+        make_rule,
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        sides=sides,
+        precondition_frequency=precondition_frequency,
+        first_steps=exact_steps,
+        stagger=stagger,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

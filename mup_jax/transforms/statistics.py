@@ -1,24 +1,52 @@
-"""Second-moment statistics of blocks, safe against bad gradients."""
+"""Averages of gradients and of their products, as the rules of blocks need them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mup_jax.transforms.blocking import Blocking
-from mup_jax.transforms.division import Division
-from mup_jax.transforms.linalg import FLOOR, matmul
-
-# Something for the in side and the out side of blocks; None for a side without preconditioner.
-Pair = tuple[Any, Any]
-
-# The pairs of each piece of the blocking, for each group.
-Factors = dict[str, list[Pair]]
+from mup_jax.transforms.platforms import matmul
+from mup_jax.transforms.rule import Block
 
 
-def ema(old: jax.Array, new: jax.Array, decay: float, healthy: jax.Array) -> jax.Array:
-    """decay·old + (1 - decay)·new where `healthy`; elsewhere old, so that nothing bad enters."""
-    return jnp.where(healthy, decay * old + (1 - decay) * new, old)
+class Factors(NamedTuple):
+    """A matrix for the in side and one for the out side of a block, for those preconditioned."""
+
+    on_in: jax.Array | None
+    on_out: jax.Array | None
+
+
+def make_factors(shape: tuple[int, int], block: Block, make: Callable[[int], jax.Array]) -> Factors:
+    """`make(d)` for each preconditioned side, of length d."""
+    sides = zip(shape, block.sides, strict=True)
+    return Factors(*(make(d) if on else None for d, on in sides))
+
+
+def packed_zeros(d: int) -> jax.Array:
+    """Half of a symmetric `(d, d)` matrix of zeros; see `pack`."""
+    return pack(jnp.zeros((d, d), jnp.float32))
+
+
+def packed_grams(x: jax.Array, block: Block) -> Factors:
+    """Half of X Xᵀ (in side) and of Xᵀ X (out side) of `(m, n)` blocks X."""
+    of = lambda product: pack(block.sum_over_parts(product))
+    on_in, on_out = block.sides
+    return Factors(of(matmul(x, x.mT)) if on_in else None, of(matmul(x.mT, x)) if on_out else None)
+
+
+def multiply_sides(factors: Factors, x: jax.Array) -> jax.Array:
+    """Aᵀ X B for factors (A, B) and `(m, n)` blocks X."""
+    if factors.on_in is not None:
+        x = matmul(factors.on_in.mT, x)
+    if factors.on_out is not None:
+        x = matmul(x, factors.on_out)
+    return x
+
+
+def ema(old: jax.Array, new: jax.Array, decay: float | jax.Array) -> jax.Array:
+    """decay·old + (1 - decay)·new."""
+    return decay * old + (1 - decay) * new
 
 
 def bias_correction(decay: float | jax.Array, count: jax.Array) -> jax.Array:
@@ -51,61 +79,3 @@ def unpack(x: jax.Array) -> jax.Array:
     first = jnp.concatenate([low + jnp.tril(low, -1).mT, between.mT], axis=-1)
     second = jnp.concatenate([between, high + jnp.triu(high, 1).mT], axis=-1)
     return jnp.concatenate([first, second], axis=-2)
-
-
-def abstract_factors(
-    divisions: dict[str, Division],
-    blocking: Blocking,
-    *,
-    packed: bool,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-) -> Factors:
-    """An abstract `(n, rows, columns, d, d)` factor for each preconditioned side of the blocks.
-
-    `packed` for symmetric matrices, of which half is kept.
-    """
-
-    def factor(grid: tuple[int, ...], d: int) -> jax.ShapeDtypeStruct:
-        square = jax.ShapeDtypeStruct((*grid, d, d), dtype)
-        return jax.eval_shape(pack, square) if packed else square
-
-    factors: Factors = {}
-    for key, division in divisions.items():
-        n, d_in, d_out = division.shape
-        on_in, on_out = blocking.of(d_in, d_out)
-        factors[key] = []
-        for row, column in blocking.pieces(d_in, d_out):
-            grid = (n, row.number, column.number)
-            pair = (factor(grid, row.size), factor(grid, column.size))
-            factors[key].append((pair[0] if on_in else None, pair[1] if on_out else None))
-    return factors
-
-
-def update_factors(
-    pair: Pair, block: jax.Array, decay: float, healthy: jax.Array, division: Division
-) -> Pair:
-    """Packed averages of G Gᵀ (in side) and Gᵀ G (out side) of blocks G `(..., b_in, b_out)`."""
-    on_in, on_out = pair
-    if on_in is not None:
-        gram = division.over_uncut(jax.lax.psum, matmul(block, block.mT))
-        on_in = ema(on_in, pack(gram), decay, healthy)
-    if on_out is not None:
-        gram = division.over_uncut(jax.lax.psum, matmul(block.mT, block))
-        on_out = ema(on_out, pack(gram), decay, healthy)
-    return on_in, on_out
-
-
-def is_alive(pair: Pair) -> jax.Array:
-    """Whether blocks `(...)` have statistics that are more than rounding noise."""
-    factor = jax.tree.leaves(pair)[0]
-    return jnp.max(jnp.abs(factor), axis=(-2, -1)) > FLOOR
-
-
-def multiply_sides(pair: Pair, block: jax.Array) -> jax.Array:
-    """Aᵀ X B for the pair (A, B) and `(..., b_in, b_out)` blocks X."""
-    on_in, on_out = pair
-    if on_in is not None:
-        block = matmul(on_in.mT, block)
-    if on_out is not None:
-        block = matmul(block, on_out)
-    return block

@@ -30,14 +30,14 @@ FAR = 10_000
 def test_split_cuts_equal_blocks_and_merge_undoes_it(shape, blocking, pieces):
     x = np.arange(np.prod(shape)).reshape(shape)
     *_, d_in, d_out = shape
-    cut = blocking.of(d_in, d_out)
+    cut = blocking.preconditioned_sides(d_in, d_out)
     split = blocking.split(x, cut)
     assert [piece.shape for piece in split] == pieces
     np.testing.assert_array_equal(blocking.merge(split, shape, cut), x)
     first = split[0][..., 0, 0, :, :]
     np.testing.assert_array_equal(first, x[..., : first.shape[-2], : first.shape[-1]])
     # One block of the count stands for a full block: fractions count the smaller ones by size.
-    on_sides = blocking.of(d_in, d_out)
+    on_sides = blocking.preconditioned_sides(d_in, d_out)
     full = [
         blocking.block_length(d) if on else d for d, on in zip((d_in, d_out), on_sides, strict=True)
     ]
@@ -55,8 +55,8 @@ def test_block_count_is_a_fraction_where_blocks_do_not_divide():
     [
         (lambda: Blocking(0, FAR), "block_size=0"),
         (lambda: Blocking(4, FAR, "left"), "sides='left'"),
-        (lambda: Blocking(4, 10).pieces(11, 12), "optax.partition"),
-        (lambda: Blocking(4, 10, "in").pieces(11, 3), "sides='in'"),
+        (lambda: Blocking(4, 10).check(11, 12), "optax.partition"),
+        (lambda: Blocking(4, 10, "in").check(11, 3), "sides='in'"),
     ],
 )
 def test_impossible_blockings_are_refused(make, message):

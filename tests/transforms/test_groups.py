@@ -8,6 +8,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from mup_jax.transforms.groups import MatrixGroups
+from mup_jax.transforms.sharding_plan import StateArray
 
 RNG = np.random.default_rng(0)
 
@@ -38,18 +39,19 @@ MIXED_NUMBERS = {
 def run_step(tree, numbers, step):
     """One step of an optimizer whose only state is the last gradient."""
     groups = MatrixGroups(tree, numbers)
-    state = groups.zeros({"last": groups.matrices})
-    return groups.run(step, tree, state)
+    arrays = {k: StateArray(p.shape, jnp.float32, (0, 1, 2)) for k, p in groups.plans.items()}
+    state = groups.init(lambda plan: jnp.zeros(plan.part), arrays)
+    return groups.run(step, tree, state, arrays)
 
 
 def identity(gradients, healthy, state):
-    return gradients, {"last": gradients}
+    return gradients, gradients
 
 
 def test_leaves_of_one_matrix_shape_share_an_array():
     _, state, _ = run_step(mixed_tree(), MIXED_NUMBERS, identity)
-    assert {k: x.shape for k, x in state["last"].items()} == {"3x5": (3, 3, 5), "2x3x5": (2, 3, 5)}
-    assert all(x.dtype == jnp.float32 for x in state["last"].values())
+    assert {k: x.shape for k, x in state.items()} == {"3x5": (3, 3, 5), "2x3x5": (2, 3, 5)}
+    assert all(x.dtype == jnp.float32 for x in state.values())
 
 
 def test_directions_have_the_places_and_dtypes_of_the_gradients():
@@ -66,9 +68,7 @@ def test_layers_of_several_leaves_alternate():
     """So that a mesh axis along the layers cuts the group in contiguous parts."""
     tree = [normal(2, 3, 5), normal(2, 3, 5)]
     _, state, _ = run_step(tree, MuonDimensionNumbers(-2, -1), identity)
-    np.testing.assert_array_equal(
-        state["last"]["2x3x5"], [tree[0][0], tree[1][0], tree[0][1], tree[1][1]]
-    )
+    np.testing.assert_array_equal(state["2x3x5"], [tree[0][0], tree[1][0], tree[0][1], tree[1][1]])
 
 
 def test_the_message_names_the_leaf_of_the_tree():

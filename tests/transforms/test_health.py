@@ -96,10 +96,13 @@ def condition_and_turn_of_basis(statistic, basis):
 def test_like_eigenvalues(name):
     *_, state = states_of(name, drifting())
     if name.startswith("shampoo"):
-        function, factors = condition_and_turn_of_root, state.roots
+        function, field = condition_and_turn_of_root, "roots"
     else:
-        function, factors = condition_and_turn_of_basis, state.bases
-    pairs = zip(*map(jax.tree.leaves, (state.statistics, factors)), strict=True)
+        function, field = condition_and_turn_of_basis, "bases"
+    states = [blocks.state for blocks in state.blocks[GROUP]]
+    factors = [getattr(x, field) for x in states]
+    statistics = [x.statistics for x in states]
+    pairs = zip(*map(jax.tree.leaves, (statistics, factors)), strict=True)
     sides = [function(np.asarray(unpack(s), np.float64), factor) for s, factor in pairs]
     conditions, turned = zip(*sides, strict=True)
     measured = numbers(state)

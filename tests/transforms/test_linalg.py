@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mup_jax.transforms.linalg import (
-    batch_by_shape,
     check_orthogonalizer,
     eigenbasis,
     inverse_root,
@@ -379,19 +378,6 @@ def test_refinement_by_what_says_nothing_keeps_the_basis(path):
 
 
 # Stacks, platforms and meshes
-
-
-def test_leaves_of_one_shape_are_one_batch():
-    calls = []
-
-    def double(x, y):
-        calls.append(x.shape)
-        return x + y
-
-    tree = {"a": jnp.ones((2, 3, 3)), "b": [jnp.zeros((1, 3, 3)), jnp.ones((4, 5, 5))]}
-    doubled = batch_by_shape(double, tree, tree)
-    assert sorted(calls) == [(3, 3, 3), (4, 5, 5)]
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), doubled, tree)
 
 
 FUNCTIONS = {

@@ -14,6 +14,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import mup_jax
+from mup_jax.transforms.engine import Blocks
 from mup_jax.transforms.linalg import use_paths_of
 from tests import reference
 
@@ -213,10 +214,16 @@ def test_blocks_may_be_permuted():
 # Gradients that are zero, out of range, or not numbers
 
 
+def of_blocks(state):
+    """The states of all rules in a state."""
+    is_blocks = lambda x: isinstance(x, Blocks)
+    return [x.state for x in jax.tree.leaves(state, is_leaf=is_blocks) if is_blocks(x)]
+
+
 def averages(state):
     """Momentum and statistics: what a gradient that says nothing must leave as it was."""
     return jax.tree.leaves(
-        [getattr(s, f, None) for s in own_states(state) for f in ("mu", "statistics")]
+        [getattr(s, f, None) for s in of_blocks(state) for f in ("mu", "statistics")]
     )
 
 
@@ -408,7 +415,9 @@ def test_preconditioners_in_bfloat16(name):
     got, state = run(low, [list(g) for g in gradients])
     assert_close(got, want, 0.02)
     field = {"shampoo": "roots", "soap": "bases"}[name]
-    bytes_of = lambda state: sum(x.nbytes for x in jax.tree.leaves(getattr(state, field)))
+    bytes_of = lambda state: sum(
+        x.nbytes for x in jax.tree.leaves([getattr(s, field) for s in of_blocks(state)])
+    )
     assert bytes_of(state) == bytes_of(kept) / 2
 
 
@@ -416,7 +425,7 @@ def test_preconditioners_in_bfloat16(name):
 
 
 def turn_of(shape, leaves, leaf, block_size, frequency):
-    """`refresh(step, block)` of one leaf among equals, as `refresh.Turns` numbers the blocks.
+    """`refresh(step, block)` of one leaf among equals, as `schedule.Positions` numbers the blocks.
 
     Blocks of one size are a piece; in it the leaf counts fastest, then the row, then the column.
     """
@@ -472,7 +481,7 @@ def test_soap_second_moment_stays_with_its_directions_when_eigenvalues_swap():
     want, _ = run(optax.scale_by_adam(0.9, 0.98, eps=1e-4), list(np.float32(entries)))
     assert_close(u.T @ np.stack(got) @ v.T, np.stack(want), 1e-2)
     # And they did swap: the last basis begins with what was the second axis.
-    (basis_in, _) = state.bases["2x2"][0]
+    basis_in, _ = state.blocks["2x2"][0].state.bases
     np.testing.assert_allclose(
         np.abs(u.T @ np.asarray(basis_in)[0, 0, 0]), np.eye(2)[::-1], atol=0.05
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mup_jax.transforms.blocking import Blocking
-from mup_jax.transforms.division import divide
+from mup_jax.transforms.sharding_plan import StateArray, plan_sharding
 
 SIZES = {"a": 4, "b": 2}
 WHOLE = Blocking(None, 10_000)
@@ -56,22 +56,22 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_places_of_the_axes(name):
     shape, given, blocking, work, moves = CASES[name]
-    division = divide(shape, given, SIZES, blocking)
-    assert division.work == work
-    assert len(division.moves) == moves
+    plan = plan_sharding(shape, given, SIZES, blocking)
+    assert plan.compute_layout == work
+    assert len(plan.moves) == moves
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_group_goes_in_and_comes_back(name):
     shape, given, blocking, work, _ = CASES[name]
-    division = divide(shape, given, SIZES, blocking)
+    plan = plan_sharding(shape, given, SIZES, blocking)
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     spec = lambda layout: jax.P(*(names or None for names in layout))
 
     def there_and_back(x):
-        part = division.enter(x)
-        return part, division.leave(part)
+        part = plan.to_compute(x)
+        return part, plan.from_compute(part)
 
     run = jax.shard_map(
         there_and_back,
@@ -90,30 +90,52 @@ def test_a_group_goes_in_and_comes_back(name):
         np.testing.assert_array_equal(worked, x)
 
 
+def state_array(shape, blocking, plan, kind):
+    """Of the blocks themselves, or of a factor of each."""
+    lengths = [
+        (blocking.block_length(d) if d % blocking.block_length(d) == 0 else d) if on else d
+        for d, on in zip(shape[1:], plan.on, strict=True)
+    ]
+    grid = [d // b for d, b in zip(shape[1:], lengths, strict=True)]
+    # A side that is not preconditioned is one of the axes of a block.
+    inside = (3, 4) if kind == "blocks" else (None, None)
+    axes = [axis if on else along for axis, along, on in zip((1, 2), inside, plan.on, strict=True)]
+    block = lengths if kind == "blocks" else (8, 8)
+    return StateArray((shape[0], *grid, *block), np.float32, (0, *axes))
+
+
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", ["matrices", "factors"])
+@pytest.mark.parametrize("kind", ["blocks", "factors"])
 def test_state_is_stored_in_equal_shares_and_comes_back(name, kind):
     shape, given, blocking, _, _ = CASES[name]
-    division = divide(shape, given, SIZES, blocking)
-    if kind == "factors":
-        grid = [
-            d // blocking.block_length(d) if cut and d % blocking.block_length(d) == 0 else 1
-            for d, cut in zip(shape[1:], division.cut, strict=True)
-        ]
-        shape = (shape[0], *grid, 8, 8)
+    plan = plan_sharding(shape, given, SIZES, blocking)
+    array = state_array(shape, blocking, plan, kind)
     mesh = jax.make_mesh((4, 2), ("a", "b"))
-    spec = division.spec(shape)
-    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    spec = plan.spec(array)
+    x = np.arange(np.prod(array.shape), dtype=np.float32).reshape(array.shape)
 
     def there_and_back(x):
-        assert x.shape == division.stored_shape(shape)
-        whole = jax.ShapeDtypeStruct(shape, x.dtype)
-        return division.leave_state(division.enter_state(x, whole), whole)
+        assert x.shape == plan.stored_shape(array)
+        used = plan.from_storage(x, array)
+        return used, plan.to_storage(used, array)
 
-    run = jax.shard_map(there_and_back, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    names = [None] * len(array.shape)
+    for axis, along in enumerate(array.axes):
+        if along is not None:
+            names[along] = plan.compute_layout[axis] or None
+    run = jax.shard_map(
+        there_and_back,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=(jax.P(*names), spec),
+        check_vma=False,
+    )
     with jax.set_mesh(mesh):
-        back = jax.jit(run)(jax.device_put(jnp.asarray(x), spec))
+        used, back = jax.jit(run)(jax.device_put(jnp.asarray(x), spec))
     np.testing.assert_array_equal(back, x)
-    unused = [name for name in SIZES if not any(name in names for names in division.work)]
-    if not unused and not (kind == "factors" and not all(division.cut)):
-        assert np.prod(division.stored_shape(shape)) * 8 == np.prod(shape)
+    # What is used is what was stored, filled up at the end of an axis.
+    used = np.asarray(used)
+    np.testing.assert_array_equal(used[tuple(map(slice, x.shape))], x)
+    unused = [name for name in SIZES if not any(name in names for names in plan.compute_layout)]
+    if not unused and None not in array.axes:
+        assert np.prod(plan.stored_shape(array)) * 8 == np.prod(array.shape)

@@ -1,0 +1,393 @@
+"""The engine: an optimizer of one block, on all blocks of all matrices of a tree."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mup_jax.transforms.blocking import Blocking, Segment, Sides
+from mup_jax.transforms.groups import Groups, MatrixGroups
+from mup_jax.transforms.matrices import PyTree, WeightDimensionNumbers
+from mup_jax.transforms.options import check_static, check_steps
+from mup_jax.transforms.platforms import FLOOR
+from mup_jax.transforms.rule import AnyRule, Block, BlockRule, rule_for
+from mup_jax.transforms.schedule import Positions, RefreshSchedule, refresh_where
+from mup_jax.transforms.sharding_plan import (
+    IN,
+    OUT,
+    STACK,
+    UNDIVIDED,
+    ShardingPlan,
+    StateArray,
+    plan_sharding,
+)
+
+# Work on more entries than this is done a part at a time, so that what it needs beside gradients
+# and state is small: 64 MiB an array.
+_ENTRIES_AT_ONCE = 2**24
+
+
+class Blocks(NamedTuple):
+    """The state of equal blocks `(n, rows, columns)`, those axes first in every array."""
+
+    state: Any  # of the rule
+    started: jax.Array | None  # bool: had a gradient that is not zero; None without refreshes
+
+
+class ScaleByBlocksState(NamedTuple):
+    """State of `scale_by_blocks`."""
+
+    count: jax.Array  # type: ignore[assignment]  # int32: steps so far
+    blocks: dict[str, list[Blocks]]  # for each matrix shape, as "8x256x1024": its equal blocks
+    nonfinite: jax.Array  # int32: matrices of gradients skipped so far
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Equal blocks of the matrices of a group: on a device a grid `(n, rows, columns)` of them."""
+
+    plan: ShardingPlan
+    row: Segment
+    column: Segment
+    rule: AnyRule
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.plan.part[STACK], self.row.number, self.column.number
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a block, or of the part of it that the device has."""
+        return self.row.size, self.column.size
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for blocks that one call of the rule's functions can take together."""
+        return self.shape, self.plan.on, self.plan.names(*self.plan.parted)
+
+    @property
+    def block(self) -> Block:
+        over_parts = lambda reduction: lambda x: self.plan.reduce(reduction, x, *self.plan.parted)
+        return Block(self.plan.on, over_parts(jax.lax.psum), over_parts(jax.lax.pmax))
+
+    @cached_property
+    def block_rule(self) -> BlockRule:
+        return rule_for(self.rule, self.block)
+
+    @property
+    def is_refreshed(self) -> bool:
+        return self.block_rule.refresh is not None
+
+    def new_blocks(self) -> Blocks:
+        stack = lambda x: jnp.broadcast_to(x, (*self.grid, *jnp.shape(x)))
+        state = jax.tree.map(stack, self.block_rule.init(self.shape))
+        return Blocks(state, jnp.zeros(self.grid, bool) if self.is_refreshed else None)
+
+    def state_arrays(self) -> Blocks:
+        """The `StateArray`s of these blocks, where they are those of all devices."""
+        blocks = jax.eval_shape(self.new_blocks)
+        leaves, treedef = jax.tree.flatten(blocks)
+        along = {axis: self._axes_along(axis) for axis in self.plan.parted}
+
+        def array(i: int, x: jax.ShapeDtypeStruct) -> StateArray:
+            in_axis, out_axis = (along[axis][i] if axis in along else axis for axis in (IN, OUT))
+            return StateArray(x.shape, x.dtype, (STACK, in_axis, out_axis))
+
+        return jax.tree.unflatten(treedef, [array(i, x) for i, x in enumerate(leaves)])
+
+    def _axes_along(self, side: int) -> list[int | None]:
+        """Which axis of each array of the state goes with a side of the block, if any."""
+        longer = [segment._replace(size=segment.size + 1) for segment in (self.row, self.column)]
+        row, column = (longer[0], self.column) if side == IN else (self.row, longer[1])
+        other = replace(self, row=row, column=column)
+        pairs = zip(
+            *(jax.tree.leaves(jax.eval_shape(piece.new_blocks)) for piece in (self, other)),
+            strict=True,
+        )
+        changed = [np.flatnonzero(np.subtract(x.shape, y.shape)) for x, y in pairs]
+        return [int(axes[0]) if len(axes) else None for axes in changed]
+
+
+def _map_blocks(function: Callable[..., Any], *trees: PyTree) -> PyTree:
+    """`function` of each block, on trees of arrays `(n, rows, columns, ...)`."""
+    return jax.vmap(jax.vmap(jax.vmap(function)))(*trees)
+
+
+def _where(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where a flag is set, in the dtypes of `old`; flags for the first axes of the arrays."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        if new is old:
+            return old
+        column = flags.reshape(*flags.shape, *[1] * (old.ndim - flags.ndim))
+        return jnp.where(column, new.astype(old.dtype), old)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _in_parts(
+    function: Callable[[Any, Any], tuple[Any, Any]], entries: int, inputs: PyTree, state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """`function(inputs, state) -> (outputs, state)` on parts of the first axis, if there is much.
+
+    The state is changed in place, so that a part at a time is in memory beside it.
+    """
+    n = len(jax.tree.leaves(inputs)[0])
+    sizes = (size for size in range(n, 0, -1) if n % size == 0)
+    size = next((size for size in sizes if size * entries <= n * _ENTRIES_AT_ONCE), 1)
+    if size == n:
+        return function(inputs, state)
+
+    def one_part(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size)
+        put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0)
+        outputs, state = carry
+        old = jax.tree.map(take, state)
+        part, new = function(jax.tree.map(take, inputs), old)
+        changed = lambda x, old, new: x if new is old else put(x, new)
+        return jax.tree.map(put, outputs, part), jax.tree.map(changed, state, old, new)
+
+    part = jax.eval_shape(lambda *args: function(*args)[0], inputs, state)
+    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), part)
+    return jax.lax.fori_loop(0, n // size, one_part, (outputs, state))
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """One step of a rule on a device's part of all groups."""
+
+    rule: AnyRule
+    blocking: Blocking
+    schedule: RefreshSchedule
+    plans: dict[str, ShardingPlan]
+
+    def pieces(self, plan: ShardingPlan) -> list[_Piece]:
+        _, d_in, d_out = plan.part
+        segments = self.blocking.pieces(d_in, d_out, plan.on)
+        return [_Piece(plan, row, column, self.rule) for row, column in segments]
+
+    @cached_property
+    def arrays(self) -> dict[str, list[Blocks]]:
+        """A `StateArray` for each array of the state."""
+        alone = lambda plan: plan_sharding(plan.shape, UNDIVIDED, {}, self.blocking)
+        return {
+            key: [piece.state_arrays() for piece in self.pieces(alone(plan))]
+            for key, plan in self.plans.items()
+        }
+
+    def new_blocks(self, plan: ShardingPlan) -> list[Blocks]:
+        return [piece.new_blocks() for piece in self.pieces(plan)]
+
+    def step(
+        self, gradients: Groups, healthy: Groups, before: Groups, steps_before: jax.Array
+    ) -> tuple[Groups, Groups]:
+        """As `MatrixGroups.run` has it."""
+        step = steps_before + 1
+        pieces = {key: self.pieces(plan) for key, plan in self.plans.items()}
+        # So that nothing bad enters anywhere; what comes of it is thrown away as well.
+        gradients = {
+            key: jnp.where(healthy[key][:, None, None], gradient, 0.0)
+            for key, gradient in gradients.items()
+        }
+        blocks, directions = {}, {}
+        with jax.named_scope("statistics"):
+            for key, gradient in gradients.items():
+                accumulate = partial(self._accumulate, pieces[key], step)
+                inputs = (gradient, healthy[key])
+                _, blocks[key] = _in_parts(accumulate, gradient.size, inputs, before[key])
+        with jax.named_scope("refresh"):
+            blocks = self._refresh(pieces, healthy, before, blocks, steps_before)
+        with jax.named_scope("direction"):
+            for key, gradient in gradients.items():
+                direct = partial(self._direct, pieces[key], step)
+                inputs = (gradient, healthy[key])
+                directions[key], blocks[key] = _in_parts(direct, gradient.size, inputs, blocks[key])
+        return directions, blocks
+
+    def _accumulate(
+        self,
+        pieces: list[_Piece],
+        step: jax.Array,
+        inputs: tuple[jax.Array, jax.Array],
+        blocks: list[Blocks],
+    ) -> tuple[None, list[Blocks]]:
+        gradient, healthy = inputs
+        new = []
+        split = self.blocking.split(gradient, pieces[0].plan.on)
+        for piece, block, (state, started) in zip(pieces, split, blocks, strict=True):
+            if started is not None:
+                largest = jnp.max(jnp.square(block), axis=(-2, -1))
+                started = started | (piece.block.max_over_parts(largest) > FLOOR)
+            changed = state
+            if (accumulate := piece.block_rule.accumulate) is not None:
+                function = lambda g, s, accumulate=accumulate: accumulate(g, s, step)
+                changed = _map_blocks(function, block, state)
+            new.append(Blocks(_where(healthy, changed, state), started))
+        return None, new
+
+    def _direct(
+        self,
+        pieces: list[_Piece],
+        step: jax.Array,
+        inputs: tuple[jax.Array, jax.Array],
+        blocks: list[Blocks],
+    ) -> tuple[jax.Array, list[Blocks]]:
+        gradient, healthy = inputs
+        updates, new = [], []
+        split = self.blocking.split(gradient, pieces[0].plan.on)
+        for piece, block, (state, started) in zip(pieces, split, blocks, strict=True):
+            function = lambda g, s, rule=piece.block_rule: rule.direction(g, s, step)
+            update, changed = _map_blocks(function, block, state)
+            updates.append(update.astype(jnp.float32))
+            new.append(Blocks(_where(healthy, changed, state), started))
+        merged = self.blocking.merge(updates, gradient.shape, pieces[0].plan.on)
+        return jnp.where(healthy[:, None, None], merged, 0.0), new
+
+    def _refresh(
+        self,
+        pieces: dict[str, list[_Piece]],
+        healthy: Groups,
+        before: Groups,
+        blocks: Groups,
+        steps_before: jax.Array,
+    ) -> Groups:
+        """Refreshes the blocks that are due; those of a kind together, whatever group has them."""
+        kinds: dict[Any, list[tuple[str, int]]] = {}
+        for key, several in pieces.items():
+            for i, piece in enumerate(several):
+                if piece.is_refreshed:
+                    kinds.setdefault(piece.kind, []).append((key, i))
+        blocks = {key: list(several) for key, several in blocks.items()}
+        for places in kinds.values():
+            flat = lambda x: x.reshape(-1, *x.shape[3:])
+            states, first, turn, positions = [], [], [], []
+            blocks_before = 0
+            for key, i in places:
+                piece, (state, started) = pieces[key][i], blocks[key][i]
+                positions.append(Positions.of(piece.grid, piece.plan, blocks_before))
+                blocks_before += positions[-1].number
+                able = flat(started & healthy[key][:, None, None])
+                # The first gradient that is neither zero nor bad may come late.
+                late = ~flat(before[key][i].started)
+                states.append(jax.tree.map(flat, state))
+                first.append(able & (late | self.schedule.is_early(steps_before)))
+                turn.append(able & self.schedule.in_turn(positions[-1], steps_before) & ~first[-1])
+            rule = pieces[places[0][0]][places[0][1]].block_rule
+            states = self._refresh_kind(rule, states, first, turn, positions, steps_before + 1)
+            for (key, i), state in zip(places, states, strict=True):
+                old = blocks[key][i]
+                reshaped = jax.tree.map(lambda x, like: x.reshape(like.shape), state, old.state)
+                blocks[key][i] = old._replace(state=reshaped)
+        return blocks
+
+    def _refresh_kind(
+        self,
+        rule: BlockRule,
+        states: list[Any],
+        first: list[jax.Array],
+        turn: list[jax.Array],
+        positions: list[Positions],
+        step: jax.Array,
+    ) -> list[Any]:
+        refresh = rule.refresh
+        assert refresh is not None
+        entries = max(math.prod(x.shape[1:]) for x in jax.tree.leaves(states[0]))
+        limit = max(1, _ENTRIES_AT_ONCE // entries)
+        share = 1 / self.schedule.frequency
+        if rule.first_refresh is None and self.schedule.frequency == 1:
+            first, share_first = [a | b for a, b in zip(first, turn, strict=True)], share
+        else:
+            share_first = 0.0
+        first_refresh = rule.first_refresh or refresh
+        states = refresh_where(
+            lambda state: first_refresh(state, step),
+            states,
+            first,
+            at_once=limit,
+            share=share_first,
+        )
+        if share_first:
+            return states
+        at_once = min(limit, self.schedule.most_in_turn(positions))
+        return refresh_where(
+            lambda state: refresh(state, step), states, turn, at_once=at_once, share=share
+        )
+
+
+def scale_by_blocks(
+    rule: AnyRule,
+    *,
+    block_size: int | None = None,
+    max_preconditioner_dim: int | None = None,
+    sides: Sides = "both",
+    precondition_frequency: int = 1,
+    first_steps: int = 1,
+    stagger: bool = True,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer of one block on every block of every matrix.
+
+    Matrices of one shape are one stack, whatever leaves they come from; under a mesh each device
+    has its share of them, or of their blocks, and of their state; and refreshes are spread over the
+    steps. A matrix whose gradient is not finite in float32 gets a zero update and keeps its state.
+
+    Args:
+      rule: a `BlockRule`, or a function that makes one of a `mup_jax.Block`.
+      block_size: largest block side; None for whole matrices. Edge blocks are smaller.
+      max_preconditioner_dim: a longer side of a matrix is not preconditioned and not cut.
+      sides: "both", or "in" or "out" to precondition one side only.
+      precondition_frequency: steps between two refreshes of a block.
+      first_steps: for so many steps all blocks are refreshed at every step; then the interval grows
+        by a step every `first_steps` steps, until it is `precondition_frequency`.
+      stagger: whether to spread the refreshes of the blocks over the steps; otherwise all at once
+        where `step % precondition_frequency == 0`, with steps counted from 0.
+      weight_dimension_numbers: as in `scale_by_muon`.
+
+    Returns:
+      A transformation of gradients into updates of the same shapes and dtypes.
+
+    Raises:
+      ValueError: an option is out of range; at `init` or `update`, a leaf is not a matrix or has no
+        side to precondition.
+
+    Example:
+      See `mup_jax.BlockRule`.
+    """
+    check_static(
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        precondition_frequency=precondition_frequency,
+        first_steps=first_steps,
+    )
+    check_steps(precondition_frequency=precondition_frequency, first_steps=first_steps)
+    blocking = Blocking(block_size, max_preconditioner_dim, sides)
+    schedule = RefreshSchedule(precondition_frequency, first_steps, stagger)
+
+    def prepare(tree: PyTree) -> tuple[MatrixGroups, _Engine]:
+        groups = MatrixGroups(tree, weight_dimension_numbers, blocking)
+        for _, d_in, d_out in (plan.shape for plan in groups.plans.values()):
+            blocking.check(d_in, d_out)
+        return groups, _Engine(rule, blocking, schedule, groups.plans)
+
+    def init(params: optax.Params) -> ScaleByBlocksState:
+        groups, engine = prepare(params)
+        zero = jnp.zeros((), jnp.int32)
+        return ScaleByBlocksState(zero, groups.init(engine.new_blocks, engine.arrays), zero)
+
+    def update(
+        updates: optax.Updates, state: ScaleByBlocksState, params: Any = None
+    ) -> tuple[optax.Updates, ScaleByBlocksState]:
+        groups, engine = prepare(updates)
+        directions, blocks, skipped = groups.run(
+            engine.step, updates, state.blocks, engine.arrays, state.count, params=params
+        )
+        count = optax.safe_increment(state.count)
+        return directions, ScaleByBlocksState(count, blocks, state.nonfinite + skipped)
+
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
