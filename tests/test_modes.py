@@ -332,7 +332,7 @@ def test_what_of_a_state_is_like_the_parameters(name):
     )
     leaves = jax.tree.leaves(kinds)
     assert set(leaves) <= {"like", "other"}
-    of_matrices = {"muon": 0, "shampoo": 0, "soap": 0, "adamuon": 1, "graft": 1}
+    of_matrices = {"muon": 0, "shampoo": 0, "soap": 0, "adamuon": 0, "graft": 1}
     if name in of_matrices:
         assert leaves.count("like") == of_matrices[name] * len(params)
 
