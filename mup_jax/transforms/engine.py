@@ -17,7 +17,12 @@ from mup_jax.transforms.matrices import PyTree, WeightDimensionNumbers
 from mup_jax.transforms.options import check_static, check_steps
 from mup_jax.transforms.platforms import FLOOR
 from mup_jax.transforms.rule import AnyRule, Block, BlockRule, rule_for
-from mup_jax.transforms.schedule import Positions, RefreshSchedule, refresh_where
+from mup_jax.transforms.schedule import (
+    Positions,
+    RefreshSchedule,
+    passed_on,
+    refresh_where,
+)
 from mup_jax.transforms.sharding_plan import (
     IN,
     OUT,
@@ -28,9 +33,15 @@ from mup_jax.transforms.sharding_plan import (
     plan_sharding,
 )
 
-# Work on more entries than this is done a part at a time, so that what it needs beside gradients
-# and state is small: 64 MiB an array.
-_ENTRIES_AT_ONCE = 2**24
+# Work on many entries is done an eighth at a time, so that what it needs beside gradients and state
+# is small; but not on fewer at once than the first of these, 4 MiB an array, nor on more than the
+# second.
+_AT_ONCE = (2**20, 2**23)
+_PARTS = 8
+
+
+def _at_once(entries: int) -> int:
+    return max(_AT_ONCE[0], min(_AT_ONCE[1], entries // _PARTS))
 
 
 class Blocks(NamedTuple):
@@ -116,7 +127,12 @@ class _Piece:
 
 def _map_blocks(function: Callable[..., Any], *trees: PyTree) -> PyTree:
     """`function` of each block, on trees of arrays `(n, rows, columns, ...)`."""
-    return jax.vmap(jax.vmap(jax.vmap(function)))(*trees)
+    grid = jax.tree.leaves(trees)[0].shape[:3]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), trees)
+    whole = dict(zip(map(id, jax.tree.leaves(flat)), jax.tree.leaves(trees), strict=True))
+    # What the function passes on is passed on as it was.
+    restore = lambda x: whole[id(x)] if id(x) in whole else x.reshape(*grid, *x.shape[1:])
+    return jax.tree.map(restore, jax.vmap(function)(*flat))
 
 
 def _where(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
@@ -132,30 +148,33 @@ def _where(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _in_parts(
-    function: Callable[[Any, Any], tuple[Any, Any]], entries: int, inputs: PyTree, state: PyTree
+    function: Callable[[Any, Any], tuple[Any, Any]], entries: int, state: PyTree, inputs: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """`function(inputs, state) -> (outputs, state)` on parts of the first axis, if there is much.
+    """`function(state, inputs) -> (outputs, state)` on parts of the first axis, if there is much.
 
     The state is changed in place, so that a part at a time is in memory beside it.
     """
     n = len(jax.tree.leaves(inputs)[0])
     sizes = (size for size in range(n, 0, -1) if n % size == 0)
-    size = next((size for size in sizes if size * entries <= n * _ENTRIES_AT_ONCE), 1)
+    size = next((size for size in sizes if size * entries <= n * _at_once(entries)), 1)
     if size == n:
-        return function(inputs, state)
+        return function(state, inputs)
+    kept, abstract = passed_on(function, state, inputs)
+    changing, rest = kept.split(state)
 
     def one_part(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size)
+        take = lambda tree: jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), tree
+        )
         put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0)
-        outputs, state = carry
-        old = jax.tree.map(take, state)
-        part, new = function(jax.tree.map(take, inputs), old)
-        changed = lambda x, old, new: x if new is old else put(x, new)
-        return jax.tree.map(put, outputs, part), jax.tree.map(changed, state, old, new)
+        outputs, changing = carry
+        part, new = function(take(kept.join(changing, rest)), take(inputs))
+        new, _ = kept.split(new)
+        return jax.tree.map(put, outputs, part), jax.tree.map(put, changing, new)
 
-    part = jax.eval_shape(lambda *args: function(*args)[0], inputs, state)
-    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), part)
-    return jax.lax.fori_loop(0, n // size, one_part, (outputs, state))
+    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    outputs, changing = jax.lax.fori_loop(0, n // size, one_part, (outputs, changing))
+    return outputs, kept.join(changing, rest)
 
 
 @dataclass(frozen=True)
@@ -190,36 +209,38 @@ class _Engine:
         """As `MatrixGroups.run` has it."""
         step = steps_before + 1
         pieces = {key: self.pieces(plan) for key, plan in self.plans.items()}
-        # So that nothing bad enters anywhere; what comes of it is thrown away as well.
-        gradients = {
-            key: jnp.where(healthy[key][:, None, None], gradient, 0.0)
-            for key, gradient in gradients.items()
-        }
         blocks, directions = {}, {}
         with jax.named_scope("statistics"):
             for key, gradient in gradients.items():
                 accumulate = partial(self._accumulate, pieces[key], step)
                 inputs = (gradient, healthy[key])
-                _, blocks[key] = _in_parts(accumulate, gradient.size, inputs, before[key])
+                _, blocks[key] = _in_parts(accumulate, gradient.size, before[key], inputs)
         with jax.named_scope("refresh"):
             blocks = self._refresh(pieces, healthy, before, blocks, steps_before)
         with jax.named_scope("direction"):
             for key, gradient in gradients.items():
                 direct = partial(self._direct, pieces[key], step)
                 inputs = (gradient, healthy[key])
-                directions[key], blocks[key] = _in_parts(direct, gradient.size, inputs, blocks[key])
+                directions[key], blocks[key] = _in_parts(direct, gradient.size, blocks[key], inputs)
         return directions, blocks
+
+    def _split(
+        self, plan: ShardingPlan, gradient: jax.Array, healthy: jax.Array
+    ) -> list[jax.Array]:
+        """The blocks of a gradient, zero where it is bad: what comes of those is thrown away."""
+        usable = jnp.where(healthy[:, None, None], gradient, 0.0)
+        return self.blocking.split(usable, plan.on)
 
     def _accumulate(
         self,
         pieces: list[_Piece],
         step: jax.Array,
-        inputs: tuple[jax.Array, jax.Array],
         blocks: list[Blocks],
+        inputs: tuple[jax.Array, jax.Array],
     ) -> tuple[None, list[Blocks]]:
         gradient, healthy = inputs
         new = []
-        split = self.blocking.split(gradient, pieces[0].plan.on)
+        split = self._split(pieces[0].plan, gradient, healthy)
         for piece, block, (state, started) in zip(pieces, split, blocks, strict=True):
             if started is not None:
                 largest = jnp.max(jnp.square(block), axis=(-2, -1))
@@ -235,12 +256,12 @@ class _Engine:
         self,
         pieces: list[_Piece],
         step: jax.Array,
-        inputs: tuple[jax.Array, jax.Array],
         blocks: list[Blocks],
+        inputs: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, list[Blocks]]:
         gradient, healthy = inputs
         updates, new = [], []
-        split = self.blocking.split(gradient, pieces[0].plan.on)
+        split = self._split(pieces[0].plan, gradient, healthy)
         for piece, block, (state, started) in zip(pieces, split, blocks, strict=True):
             function = lambda g, s, rule=piece.block_rule: rule.direction(g, s, step)
             update, changed = _map_blocks(function, block, state)
@@ -264,6 +285,7 @@ class _Engine:
                 if piece.is_refreshed:
                     kinds.setdefault(piece.kind, []).append((key, i))
         blocks = {key: list(several) for key, several in blocks.items()}
+        rounds: jax.Array | int = 0
         for places in kinds.values():
             flat = lambda x: x.reshape(-1, *x.shape[3:])
             states, first, turn, positions = [], [], [], []
@@ -279,7 +301,9 @@ class _Engine:
                 first.append(able & (late | self.schedule.is_early(steps_before)))
                 turn.append(able & self.schedule.in_turn(positions[-1], steps_before) & ~first[-1])
             rule = pieces[places[0][0]][places[0][1]].block_rule
-            states = self._refresh_kind(rule, states, first, turn, positions, steps_before + 1)
+            states, rounds = self._refresh_kind(
+                rule, states, first, turn, positions, steps_before + 1, rounds
+            )
             for (key, i), state in zip(places, states, strict=True):
                 old = blocks[key][i]
                 reshaped = jax.tree.map(lambda x, like: x.reshape(like.shape), state, old.state)
@@ -294,30 +318,29 @@ class _Engine:
         turn: list[jax.Array],
         positions: list[Positions],
         step: jax.Array,
-    ) -> list[Any]:
-        refresh = rule.refresh
-        assert refresh is not None
+        rounds: jax.Array | int,
+    ) -> tuple[list[Any], jax.Array]:
+        """The new states, and the number of rounds of all refreshes so far."""
+        number = sum(len(flags) for flags in first)
         entries = max(math.prod(x.shape[1:]) for x in jax.tree.leaves(states[0]))
-        limit = max(1, _ENTRIES_AT_ONCE // entries)
-        share = 1 / self.schedule.frequency
-        if rule.first_refresh is None and self.schedule.frequency == 1:
-            first, share_first = [a | b for a, b in zip(first, turn, strict=True)], share
-        else:
-            share_first = 0.0
-        first_refresh = rule.first_refresh or refresh
-        states = refresh_where(
-            lambda state: first_refresh(state, step),
-            states,
-            first,
-            at_once=limit,
-            share=share_first,
-        )
-        if share_first:
-            return states
-        at_once = min(limit, self.schedule.most_in_turn(positions))
-        return refresh_where(
-            lambda state: refresh(state, step), states, turn, at_once=at_once, share=share
-        )
+        limit = max(1, _at_once(number * entries) // entries)
+        frequency = self.schedule.frequency
+
+        def loop(refresh: Any, due: list[jax.Array], at_once: int, share: float) -> Any:
+            return refresh_where(
+                lambda state: refresh(state, step),
+                states,
+                due,
+                at_once=min(limit, at_once),
+                share=share,
+                rounds_before=rounds,
+            )
+
+        if frequency == 1 and rule.first_refresh is None:
+            return loop(rule.refresh, [a | b for a, b in zip(first, turn, strict=True)], limit, 1)
+        states, rounds = loop(rule.first_refresh or rule.refresh, first, limit, 0)
+        most = self.schedule.most_in_turn(positions)
+        return loop(rule.refresh, turn, most, 1 / frequency)
 
 
 def scale_by_blocks(
@@ -377,8 +400,11 @@ def scale_by_blocks(
 
     def init(params: optax.Params) -> ScaleByBlocksState:
         groups, engine = prepare(params)
-        zero = jnp.zeros((), jnp.int32)
-        return ScaleByBlocksState(zero, groups.init(engine.new_blocks, engine.arrays), zero)
+        return ScaleByBlocksState(
+            count=jnp.zeros((), jnp.int32),
+            blocks=groups.init(engine.new_blocks, engine.arrays),
+            nonfinite=jnp.zeros((), jnp.int32),
+        )
 
     def update(
         updates: optax.Updates, state: ScaleByBlocksState, params: Any = None

@@ -11,9 +11,9 @@ from mup_jax.transforms.platforms import (
     FLOOR,
     ROUNDING,
     by_platform,
-    factorize,
     identity,
     matmul,
+    one_at_a_time,
 )
 
 Orthogonalizer = Literal["tuned", "polar_express", "newton_schulz", "svd"]
@@ -155,7 +155,9 @@ def _iterate_gram(coefficients: list[Quintic], x: jax.Array) -> jax.Array:
 
 
 def _by_svd(x: jax.Array) -> jax.Array:
-    u, s, vt = factorize(functools.partial(jnp.linalg.svd, full_matrices=False), x)
+    svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+    # Matrices of several shapes may have theirs side by side; see `platforms.after`.
+    u, s, vt = by_platform(x, cpu=one_at_a_time(svd), gpu=svd, tpu=svd)
     # Noise would come out as large as the rest.
     nonzero = (s > ROUNDING * s[..., :1]) & (s > FLOOR)
     return matmul(jnp.where(nonzero[..., None, :], u, 0.0), vt)

@@ -47,6 +47,18 @@ def by_platform(
     return jax.lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
 
 
+def after(first: jax.Array, x: jax.Array) -> jax.Array:
+    """x, which a program has once it has `first`.
+
+    On CPUs jaxlib's factorizations of a batch wait for tasks that they hand to the threads of
+    their program. Where each of these runs another factorization, all wait for ever: no two may
+    run side by side.
+    """
+    # A barrier would order them until the compiler removes it, before it orders the program.
+    corner = first[(0,) * first.ndim].astype(x.dtype)
+    return x * jnp.where(jnp.isinf(corner), 2.0, 1.0).astype(x.dtype)
+
+
 def _lapack_takes_turns() -> bool:
     several = (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -62,8 +74,12 @@ def factorize(factorization: Callable[..., Any], *matrices: jax.Array) -> Any:
     again. Several devices in a process (as in tests) then wait for each other's threads, for
     minutes or for ever. Unless OPENBLAS_NUM_THREADS=1 forbids that, they take one matrix at a time.
     """
-    if not _lapack_takes_turns():
-        return factorization(*matrices)
+    takes_turns = _lapack_takes_turns()
+    return (one_at_a_time(factorization) if takes_turns else factorization)(*matrices)
+
+
+def one_at_a_time(factorization: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of `(..., m, n)` matrices that maps no two at once, under `jax.vmap` either."""
 
     @jax.custom_batching.custom_vmap
     def in_turn(*matrices: jax.Array) -> Any:
@@ -71,7 +87,7 @@ def factorize(factorization: Callable[..., Any], *matrices: jax.Array) -> Any:
         if not batch:
             return factorization(*matrices)
         flat = [x.reshape(-1, *x.shape[-2:]) for x in matrices]
-        results = jax.lax.map(lambda pair: factorization(*pair), flat)
+        results = jax.lax.map(lambda each: factorization(*each), flat)
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
     @in_turn.def_vmap
@@ -81,4 +97,4 @@ def factorize(factorization: Callable[..., Any], *matrices: jax.Array) -> Any:
         results = in_turn(*stacks)
         return results, jax.tree.map(lambda _: True, results)
 
-    return in_turn(*matrices)
+    return in_turn

@@ -23,6 +23,7 @@ from mup_jax.transforms.statistics import (
     bias_correction,
     ema,
     make_factors,
+    map_factors,
     multiply_sides,
     pack,
     packed_grams,
@@ -140,7 +141,7 @@ def scale_by_shampoo(
                 )
                 return pack(new).astype(previous.dtype)
 
-            return state._replace(roots=jax.tree.map(root, state.statistics, state.roots))
+            return state._replace(roots=map_factors(root, state.statistics, state.roots))
 
         def direction(
             gradient: jax.Array, state: ShampooState, step: jax.Array

@@ -30,6 +30,7 @@ from mup_jax.transforms.statistics import (
     bias_correction,
     ema,
     make_factors,
+    map_factors,
     multiply_sides,
     packed_grams,
     packed_zeros,
@@ -144,7 +145,7 @@ def scale_by_soap(
                     new = find(unpack(statistic), previous.astype(jnp.float32))
                     return new.astype(previous.dtype)
 
-                bases = jax.tree.map(basis, state.statistics, state.bases)
+                bases = map_factors(basis, state.statistics, state.bases)
                 rotations = jax.tree.map(_squared_rotation, state.bases, bases)
                 return state._replace(bases=bases, nu=multiply_sides(rotations, state.nu))
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mup_jax.transforms.platforms import matmul
+from mup_jax.transforms.platforms import after, matmul
 from mup_jax.transforms.rule import Block
 
 
@@ -42,6 +42,22 @@ def multiply_sides(factors: Factors, x: jax.Array) -> jax.Array:
     if factors.on_out is not None:
         x = matmul(x, factors.on_out)
     return x
+
+
+def map_factors(function: Callable[..., jax.Array], *factors: Factors) -> Factors:
+    """`function` of the matrices of a side, which factorizes them, for each side.
+
+    Sides of one length are one batch, which keeps programs small. Others come one after the other,
+    see `platforms.after`.
+    """
+    ins, outs = zip(*factors, strict=True)
+    if ins[0] is None or outs[0] is None:
+        return Factors(*(None if side[0] is None else function(*side) for side in (ins, outs)))
+    if ins[0].shape == outs[0].shape:
+        on_in, on_out = jax.vmap(function)(*map(jnp.stack, zip(ins, outs, strict=True)))
+        return Factors(on_in, on_out)
+    on_in = function(*ins)
+    return Factors(on_in, function(*(after(on_in, x) for x in outs)))
 
 
 def ema(old: jax.Array, new: jax.Array, decay: float | jax.Array) -> jax.Array:

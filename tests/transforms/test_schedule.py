@@ -82,7 +82,8 @@ def test_what_is_due_is_refreshed_and_nothing_else(at_once, share):
     ]
     doubled = lambda state: state | {"matrix": 2 * state["matrix"] + state["kept"]}
     run = jax.jit(lambda *args: refresh_where(doubled, *args, at_once=at_once, share=1))
-    got = run(states, [jnp.asarray(x) for x in due])
+    got, rounds = run(states, [jnp.asarray(x) for x in due])
+    assert rounds == -(-sum(x.sum() for x in due) // min(at_once, sum(sizes)))
     for state, flags, new in zip(states, due, got, strict=True):
         want = 2 * state["matrix"] + state["kept"][:, None, None]
         want = np.where(flags[:, None, None], want, state["matrix"])
