@@ -13,7 +13,7 @@ from collections.abc import Callable
 import optax
 
 from mup_jax.optimizers.elementwise import adamw, adopt, lamb, lion, sophia
-from mup_jax.optimizers.matrix import adamuon, muon, shampoo, soap
+from mup_jax.optimizers.matrix import adamuon, matrix_optimizer, muon, shampoo, soap
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "adamw": adamw,
@@ -27,4 +27,4 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "sophia": sophia,
 }
 
-__all__ = ["OPTIMIZERS", *OPTIMIZERS]
+__all__ = ["OPTIMIZERS", "matrix_optimizer", *OPTIMIZERS]
