@@ -302,7 +302,6 @@ def _on_automatic_axes(function: Callable[..., Any], like: PyTree) -> Callable[.
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:
         return function
-    whole = NamedSharding(mesh, PartitionSpec())
-    sharding = lambda x: whole if x is None else jax.typeof(x).sharding
-    out = jax.tree.map(sharding, like, is_leaf=lambda x: x is None)
+    spec = lambda x: PartitionSpec() if x is None else jax.typeof(x).sharding.spec
+    out = jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), like, is_leaf=lambda x: x is None)
     return jax.sharding.auto_axes(function, out_sharding=out)
