@@ -13,6 +13,7 @@ import mup_jax
 from mup_jax import infer_shapes, rules
 from mup_jax.optimizers import find_optimizer, from_file, matrix
 from mup_jax.optimizers.from_file import each_matrix, from_source, is_file, label_of, read_file
+from mup_jax.training.config import check_optimizer, epsilons_of
 from mup_jax.transfer.derive import DerivedRule
 
 RNG = np.random.default_rng(0)
@@ -152,6 +153,26 @@ def test_one_matrix_after_the_other_by_the_rule_of_the_file():
     whole = mup_jax.matrix_optimizer(0.1, sign, rules.lion(), shapes=SHAPES)
     assert_equal(got, steps(whole))
     assert "with the rule 'lion' that it gives" in make.describe_rule({})
+
+
+def test_options_are_checked_as_those_of_others_are():
+    check_optimizer("mine.py:make", {"beta": 0.5, "kind": "none", "adam_b1": 0.9}, SIGN)
+    check_optimizer("mine.py:with_rule", {"beta": 0.5}, SIGN)
+    for name, options, message in (
+        ("make", {"betta": 0.5}, r"unknown key mine.py:make.options.betta: did you mean 'beta'"),
+        ("make", {"beta": "big"}, r"mine.py:make.options.beta='big': give float"),
+        ("make", {"kind": "cube"}, r"mine.py:make.options.kind='cube': choose one of sign, none"),
+        ("make", {"adam_b1": 2.0}, r"mine.py:make.options: .*b1=2.0: choose one in"),
+        ("make", {"shapes": None}, r"unknown key mine.py:make.options.shapes"),
+        ("with_rule", {"betta": 0.5}, r"mine.py, line 28: TypeError: .*argument 'betta'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_optimizer(f"mine.py:{name}", options, SIGN)
+
+
+def test_an_epsilon_is_found_among_the_options():
+    assert epsilons_of("mine.py:make", {}, SIGN) == ["eps", "adam_eps"]
+    assert epsilons_of("mine.py:told", {}, SIGN) == ["adam_eps"]
 
 
 def _sign(u, _):

@@ -47,7 +47,7 @@ def add_optimizers(config: ConfigDict, names: Iterable[str]) -> None:
         label = label_of(name)
         if label in config.optimizers or label in OPTIMIZERS:
             raise ValueError(
-                f"--add={given}: the ladder has an optimizer {label!r}, give the file another name"
+                f"--add={given}: {label!r} is another optimizer, give the file another name"
             )
         if BASELINE not in config.optimizers:
             raise ValueError(f"--add={given}: config.optimizers lacks {BASELINE!r}, its baseline")

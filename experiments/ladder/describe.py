@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from experiments.ladder.added import added
@@ -153,9 +152,8 @@ def _optimizer_seconds(ladder: Ladder, series: Series) -> dict[str, float]:
         hyperparameters = Hyperparameters.of(program.config)
         state = program.init(0)
         # The first steps of a run refresh preconditioners more often than the others.
-        counts = dict(optax.tree.get_all_with_path(state.opt_state, "count"))
-        # A step donates its state: each count is an array of its own.
-        last = lambda path, x: jnp.full_like(x, base.steps) if path in counts else x
+        is_count = lambda path: jax.tree_util.keystr(path[-1:], simple=True) == "count"
+        last = lambda path, x: jnp.full_like(x, base.steps) if is_count(path) else x
         state = state._replace(opt_state=jax.tree.map_with_path(last, state.opt_state))
         times = step_times(program, state, _batch(program), hyperparameters)
     share = times["optimizer_share"]

@@ -114,6 +114,7 @@ class FileOptimizer:
         any_option = [p for p in own.values() if p.kind is p.VAR_KEYWORD]
         named = [p for p in own.values() if p.name != _NUMBERS and p not in any_option]
         options = [p.replace(kind=p.KEYWORD_ONLY) for p in named]
+        self._epsilons = {p.name for p in named if p.name in EPSILONS and p.default is not p.empty}
         rate, *common = _WHOLE.values()
         self.__signature__ = inspect.Signature([rate, *options, *common, *any_option])
         # Those of the file that are text may be of names that only a type checker imports.
@@ -157,9 +158,7 @@ class FileOptimizer:
           ValueError: the function fails, or does not return a direction; no rule was found.
         """
         # ε is a traced argument of compiled programs, and no rule depends on it.
-        parameters = self.__signature__.parameters
-        is_set = lambda key: key in EPSILONS and parameters[key].default is not inspect._empty
-        static = {key: value for key, value in options.items() if not is_set(key)}
+        static = {key: value for key, value in options.items() if key not in self._epsilons}
         key = json.dumps(static, sort_keys=True, default=repr)
         if key not in self._examined:
             direction, rule = self._direction(static, _STACKED)

@@ -239,8 +239,8 @@ def test_added_on_the_command_line(folder, run_command):
     [
         (["--add=muon"], "--add=muon: give FILE.py:FUNCTION"),
         (["--add=nowhere.py:make"], "optimizer 'nowhere.py:make': there is no file"),
-        (["--add=muon.py:make"], "--add=muon.py:make: the ladder has an optimizer 'muon', give"),
-        (["--add=my_optimizer.py:make"] * 2, "the ladder has an optimizer 'my_optimizer'"),
+        (["--add=muon.py:make"], "--add=muon.py:make: 'muon' is another optimizer, give the"),
+        (["--add=my_optimizer.py:make"] * 2, "'my_optimizer' is another optimizer"),
         (["--add=my_optimizer.py:made"], "my_optimizer.py has no function 'made': it has make"),
     ],
 )
