@@ -23,6 +23,7 @@ def run(
     config: str,
     workdir: str,
     define_flags: Callable[[], None] | None = None,
+    amend: Callable[[ConfigDict, list[str]], None] | None = None,
 ) -> None:
     """Parses the command line and ends the program with the exit code of `main(flags.FLAGS)`.
 
@@ -34,12 +35,13 @@ def run(
       config: default of --config.
       workdir: default of --workdir.
       define_flags: defines further flags.
+      amend: changes the configuration of the file by the command line, before --config.KEY does.
     """
 
     def parse(argv: list[str]) -> list[str]:
         try:
             config_flags.DEFINE_config_file("config", None, "Configuration file.")
-            flags.FLAGS["config"].parser = _ConfigFile(argv)
+            flags.FLAGS["config"].parser = _ConfigFile(argv, amend)
             flags.FLAGS.set_default("config", config)
             flags.DEFINE_string("workdir", workdir, "Folder for all that is written.")
             if define_flags:
@@ -72,12 +74,16 @@ class _ConfigFile(flags.ArgumentParser):
 
     Args:
       argv: the command line, whose `--config.KEY` are to be set.
+      amend: see `run`.
     """
 
     syntactic_help = "the path of a Python file with get_config(), then perhaps :VARIANT"
 
-    def __init__(self, argv: list[str]):
+    def __init__(
+        self, argv: list[str], amend: Callable[[ConfigDict, list[str]], None] | None = None
+    ):
         super().__init__()
+        self._argv, self._amend = argv, amend
         matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
         self._overrides = [match[1] for match in matches if match]
 
@@ -97,6 +103,8 @@ class _ConfigFile(flags.ArgumentParser):
         except Exception as error:
             raise flags.Error(f"--config={argument}: {_place(error, file)}") from error
         try:
+            if self._amend:
+                self._amend(config, self._argv)
             for override in self._overrides:
                 _make_settable(config, override)
         except ValueError as error:

@@ -1,7 +1,7 @@
 """How much compute does each optimizer save over AdamW, and does the tuned learning rate transfer?
 
     python -m experiments.scale_ladder --config=configs/ladder_cpu.py --workdir=DIR
-        [--mode=MODE] [--launcher=LAUNCHER] [--topology=TOPOLOGY]
+        [--add=my_optimizer.py:make] [--mode=MODE] [--launcher=LAUNCHER] [--topology=TOPOLOGY]
 
 MODE is "run" (default: run what is missing, then report), "plan" (print rungs, FLOPs, factors of
 the parametrizations, and an estimate of the time here), "status" or "report" (of what has finished,
@@ -11,6 +11,10 @@ slice instead, which need not be there (JAX_PLATFORMS=cpu, and libtpu from `pip 
 this machine) or "ray" (tasks of a Ray cluster, whose nodes share the file system of DIR). Every
 cell is trained once; started again, a ladder goes on where it was interrupted. DIR ends with
 results.jsonl, report.json, report.md and figures.
+
+With --add the function `make` of a file is one of the optimizers, `config.optimizers.my_optimizer`;
+several are given one after the other, or with commas. What the others have trained in DIR stays,
+and of a file that has changed all cells are new. See `mup_jax.optimizers.from_file`.
 """
 
 import sys
@@ -23,6 +27,7 @@ from ml_collections import config_flags
 from experiments import command
 from experiments.cells.cell import Results, without_machine
 from experiments.cells.run import LAUNCHERS, run_cells
+from experiments.ladder.added import amend, without_added
 from experiments.ladder.describe import describe, describe_scaling, estimate
 from experiments.ladder.fit import fit, heading, line
 from experiments.ladder.plan import Ladder
@@ -47,7 +52,7 @@ def main(flags: Any) -> None:
     if flags.mode == "status" and not (workdir / "config.json").exists():
         raise ValueError(f"no ladder was begun in {workdir}: start it with --mode=run")
     if flags.mode in ("run", "status"):
-        claim_workdir(workdir, without_machine(flags.config))
+        claim_workdir(workdir, without_added(without_machine(flags.config)))
     if flags.mode == "status":
         print(status(ladder, workdir))
         return
@@ -56,7 +61,7 @@ def main(flags: Any) -> None:
         show = lambda results: _show_so_far(ladder, workdir, results)
         run_cells(work_of(ladder), workdir, flags.launcher, show)
     config = config_flags.get_config_filename(absl_flags.FLAGS["config"])
-    overrides = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
+    overrides = [x for x in sys.argv[1:] if x.startswith(("--config.", "--add="))]
     parts = f"python -m experiments.scale_ladder --config={config} --workdir=DIR", *overrides
     command = " ".join(parts)
     commands = command, f"{command} --mode=report"
@@ -81,6 +86,7 @@ def _print_fit(ladder: Ladder, topology: str) -> None:
 def define_flags() -> None:
     absl_flags.DEFINE_enum("mode", "run", ["run", "plan", "status", "report"], "What to do.")
     absl_flags.DEFINE_string("topology", "", "TPU slice to plan for, like v5e:8x8.")
+    absl_flags.DEFINE_multi_string("add", [], "FILE.py:FUNCTION of an optimizer of your own.")
     absl_flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
 
 
@@ -90,6 +96,7 @@ def run() -> None:
         config="configs/ladder_cpu.py",
         workdir="runs/ladder_cpu",
         define_flags=define_flags,
+        amend=amend,
     )
 
 

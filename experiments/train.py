@@ -12,6 +12,9 @@ a GPU cluster, with a DIR that all of them see, and they train one model. Exit c
     130  interrupted from the keyboard
     143  asked to stop by SIGTERM, and saved: the same command goes on from there
 
+--config.optimizer.name=my_optimizer.py:make is an optimizer of your own: see
+`mup_jax.optimizers.from_file`.
+
     --tensorboard            DIR/tensorboard, for `tensorboard --logdir=DIR`
     --wandb=PROJECT          Weights & Biases; the key comes from `wandb login` or WANDB_API_KEY
     --profile=100:105        a trace of these steps in DIR/profile, for TensorBoard or Perfetto
@@ -25,6 +28,7 @@ from absl import flags
 
 from experiments import command, monitors
 from mup_jax.training import Preempted, distributed, train, validate
+from mup_jax.training.config import describe_rule, with_source
 from mup_jax.training.throughput import Progress
 
 DIVERGED = 3  # exit code
@@ -34,10 +38,13 @@ def main(flags: Any) -> int:
     distributed.initialize()
     workdir = Path(flags.workdir)
     profile = parse_steps(flags.profile)
-    validate(flags.config)  # before a monitor begins a run of its own
-    with monitors.opened(flags.config, workdir, flags.tensorboard, flags.wandb) as observers:
+    config = with_source(flags.config)
+    validate(config)  # before a monitor begins a run of its own
+    if (rule := describe_rule(config)) and distributed.is_first():
+        print(rule)
+    with monitors.opened(config, workdir, flags.tensorboard, flags.wandb) as observers:
         try:
-            result = train(flags.config, workdir, show, observers=observers, profile=profile)
+            result = train(config, workdir, show, observers=observers, profile=profile)
         except Preempted as stop:
             print(f"{stop}: the same command goes on from there", file=sys.stderr)
             return 143

@@ -27,12 +27,16 @@ class Cell:
     Attributes:
       size: name of its model size.
       label: what it is, for people.
-      config: of `mup_jax.training.train`.
+      config: of `mup_jax.training.train`; with the text of a file that the optimizer is from, which
+        a worker need not have.
     """
 
     size: str
     label: str
     config: ConfigDict
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", config_lib.with_source(self.config))
 
     @cached_property
     def name(self) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
+from experiments.ladder.added import added
 from experiments.ladder.plan import Ladder, Rung, Series, planned_parts
-from mup_jax.optimizers import OPTIMIZERS
+from mup_jax.training.config import describe_rule
 from mup_jax.training.program import Hyperparameters, Program
 from mup_jax.training.throughput import step_times
 from mup_jax.transfer.shapes import is_shape
@@ -36,6 +36,9 @@ def describe(ladder: Ladder) -> str:
     for series in dict.fromkeys(series.tuned for series in ladder.series):
         rates, factors = (", ".join(f"{x:g}" for x in axis) for axis in ladder.grid(series))
         lines.append(f"{series.name}: learning rate {rates}; times {factors} on all but hidden")
+    for label in added(ladder.config):
+        rule = describe_rule(_config(ladder, ladder.rungs[0], Series(label)))
+        lines.append(f"{label}: {rule}")
     cells = sum(len(part.cells) for part in planned_parts(ladder))
     return "\n".join([*lines, f"at least {cells} cells"])
 
@@ -112,7 +115,7 @@ def _factors(ladder: Ladder, rung: Rung, series: Series) -> str:
 
     def update(decay: float, **options: Any) -> dict[str, jax.Array]:
         given = settings | options | {"weight_decay": decay, "shapes": of_role}
-        optimizer = OPTIMIZERS[series.optimizer](1.0, **given)
+        optimizer = ladder.make(series.optimizer)(1.0, **given)
         total = lambda p: sum(map(jnp.sum, jax.tree.leaves(p)))
         functions = {"obj_fn": total, "logits_fn": lambda p: p["readout"]}
         return optimizer.update(gradients, optimizer.init(params), params, **functions)[0]
@@ -149,9 +152,9 @@ def _optimizer_seconds(ladder: Ladder, series: Series) -> dict[str, float]:
         hyperparameters = Hyperparameters.of(program.config)
         state = program.init(0)
         # The first steps of a run refresh preconditioners more often than the others.
-        last = optax.tree.set(state.opt_state, count=jnp.asarray(base.steps, jnp.int32))
-        # A step donates its state: each count needs an array of its own.
-        state = state._replace(opt_state=jax.tree.map(jnp.copy, last))
+        is_count = lambda path: jax.tree_util.keystr(path[-1:], simple=True) == "count"
+        last = lambda path, x: jnp.full_like(x, base.steps) if is_count(path) else x
+        state = state._replace(opt_state=jax.tree.map_with_path(last, state.opt_state))
         times = step_times(program, state, _batch(program), hyperparameters)
     share = times["optimizer_share"]
     seconds = times["gradient"] * share / (1 - share)

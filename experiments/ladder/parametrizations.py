@@ -1,6 +1,7 @@
 """Ways to carry hyperparameters from a ladder's base to its other rungs, by name."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,16 @@ class Parametrization:
     same_as_mup: tuple[str, ...] = ()
     tuned_alone: bool = False
 
-    def options_of(self, optimizer: str) -> dict[str, Any] | None:
-        """The options for an optimizer; None where it does not have this parametrization."""
-        known = inspect.signature(OPTIMIZERS[optimizer]).parameters
+    def options_of(
+        self, optimizer: str, make: Callable[..., Any] | None = None
+    ) -> dict[str, Any] | None:
+        """The options for an optimizer; None where it does not have this parametrization.
+
+        Args:
+          optimizer: its name.
+          make: what makes it, where that is none of ours.
+        """
+        known = inspect.signature(make or OPTIMIZERS[optimizer]).parameters
         options = {k: v for k, v in self.options.items() if k in known or k != "scale_epsilon"}
         excluded = self.optimizer not in ("", optimizer) or optimizer in self.same_as_mup
         if excluded or not options.keys() <= known.keys():

@@ -2,16 +2,18 @@
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from experiments.cells.cell import Cell, check_warmup, check_workers
+from experiments.ladder.added import added, default_grid, name_and_source
 from experiments.ladder.parametrizations import PARAMETRIZATIONS
 from mup_jax import data
 from mup_jax.analysis import series_name
 from mup_jax.models.llama import forward_flops_per_token, num_parameters
+from mup_jax.optimizers import find_optimizer
 from mup_jax.training import config as config_lib
 from mup_jax.training import default_config, validate
 
@@ -151,22 +153,38 @@ class Ladder:
     """
 
     def __init__(self, config: ConfigDict):
-        self.config = config
+        self.config = copy.deepcopy(config)
         self._check()
         self.vocab_size = data.vocab_size(config.train.data.source, config.train.data.tokenizer)
         self._cells: dict[tuple[str, Series, Rates, int, float, bool], Cell] = {}
         self.rungs = [self._rung(width) for width in config.widths]
+        for label in added(self.config):
+            self._complete_grid(label)
         self.series = [
             Series(optimizer, parametrization)
             for optimizer in config.optimizers
             for parametrization in PARAMETRIZATIONS
             if parametrization in config.parametrizations
-            and PARAMETRIZATIONS[parametrization].options_of(optimizer) is not None
+            and self._scaling(optimizer, parametrization) is not None
         ]
         for rung in self.rungs:
             for series in self.series:
                 rates = self.grid(series).points[0]
                 validate(self.cell(rung, series, rates, config.seeds[0]).config)
+
+    def make(self, optimizer: str) -> Callable[..., Any]:
+        """What makes one of its optimizers."""
+        return find_optimizer(*name_and_source(self.config, optimizer))
+
+    def _scaling(self, optimizer: str, parametrization: str) -> dict[str, Any] | None:
+        return PARAMETRIZATIONS[parametrization].options_of(optimizer, self.make(optimizer))
+
+    def _complete_grid(self, label: str) -> None:
+        """What is not given of the grid of an optimizer from a file."""
+        row = self.config.optimizers[label]
+        if not (row.learning_rates and row.embedding_readout_factors):
+            chosen = default_grid(self.config, label, self.rungs[0].parameters)
+            row.update({key: values for key, values in chosen.items() if not row[key]})
 
     def grid(self, series: Series) -> Grid:
         """The grid on which a series begins to be tuned."""
@@ -205,7 +223,8 @@ class Ladder:
         rung: Rung,
     ) -> Cell:
         settings = self.config.optimizers[series.optimizer]
-        scaling = PARAMETRIZATIONS[series.parametrization].options_of(series.optimizer) or {}
+        scaling = self._scaling(series.optimizer, series.parametrization) or {}
+        name, source = name_and_source(self.config, series.optimizer)
         config = copy.deepcopy(self.config.train)
         config.seed = seed
         config.tokens = rung.tokens
@@ -214,7 +233,8 @@ class Ladder:
         if settings.warmup_tokens is not None:
             config.warmup_tokens = settings.warmup_tokens
         config.optimizer = {
-            "name": series.optimizer,
+            "name": name,
+            **({"source": source} if source else {}),
             **rates._asdict(),
             "weight_decay": decay_factor * settings.weight_decay,
             "epsilon": None,
@@ -260,8 +280,12 @@ class Ladder:
             if key not in config:
                 raise ValueError(f"missing key config.{key}: see experiments/ladder/plan.py")
         for name, settings in config.optimizers.items():
-            config_lib.check_optimizer(name, settings.options)
-            config_lib.check_keys(settings, default_optimizer(), f"config.optimizers.{name}")
+            full_name, source = name_and_source(config, name)
+            reference = default_optimizer()
+            if source:
+                reference.update(name=full_name, source=source)
+            config_lib.check_optimizer(full_name, settings.options, source)
+            config_lib.check_keys(settings, reference, f"config.optimizers.{name}")
             check_warmup(settings.warmup_tokens, f"config.optimizers.{name}")
             grids = {key: settings[key] for key in ("learning_rates", "embedding_readout_factors")}
             for parametrization, rates in settings.learning_rates_of.items():
@@ -273,6 +297,8 @@ class Ladder:
                     )
                 grids[f"learning_rates_of.{parametrization}"] = rates
             for key, rates in grids.items():
+                if source and not rates:
+                    continue  # `default_grid` has them
                 if not rates or list(rates) != sorted(rates) or rates[0] <= 0:
                     raise ValueError(
                         f"config.optimizers.{name}.{key}={rates}: give ascending values > 0"

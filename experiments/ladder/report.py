@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells.cell import FinishedCells, Results
+from experiments.ladder.added import added
 from experiments.ladder.plan import Ladder, Rates
 from experiments.ladder.schedule import needed_parts
 from mup_jax import analysis
@@ -22,8 +23,12 @@ def read_results(ladder: Ladder, workdir: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: nothing has.
     """
-    lines = {line["cell"]: line for line in read_lines(workdir / _RESULTS)}
-    lines |= {line["cell"]: line for line in result_lines(ladder, FinishedCells(workdir)())}
+    before = {line["cell"]: line for line in read_lines(workdir / _RESULTS)}
+    now = result_lines(ladder, before | FinishedCells(workdir)())
+    # What an added optimizer did while its file, or its options, were others is left out.
+    own = added(ladder.config)
+    lines = {name: line for name, line in before.items() if line["optimizer"] not in own}
+    lines |= {line["cell"]: line for line in now}
     if not lines:
         raise ValueError(f"no cell in {workdir} has finished: run the ladder before its report")
     return _sorted(lines.values())

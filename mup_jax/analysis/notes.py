@@ -10,8 +10,10 @@ from mup_jax.analysis.runs import Line, Series, best_rate, losses, mean_loss, pa
 
 
 def notes_on_lines(results: Sequence[Line]) -> list[str]:
-    """On what should be one for all cells and is not."""
-    return [
+    """On what should be one for all cells and is not, and on rules that were measured."""
+    rules = {line["optimizer"]: line["rule"] for line in results if line.get("rule")}
+    notes = [f"{optimizer} is {rule}." for optimizer, rule in rules.items()]
+    return notes + [
         f"Cells differ in their {key}, and the report names the first only; their "
         f"{'losses' if key == 'corpus' else 'times'} may not compare."
         for key in ("corpus", "versions", "device")

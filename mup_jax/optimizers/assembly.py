@@ -21,6 +21,9 @@ Rate: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
 LearningRateScaling = Literal["mup", "constant", "1/width"]
 WeightDecayScaling = Literal["1/width", "constant", "coupled", "none"]
 
+# What an absolute ε is called among the arguments of an optimizer.
+EPSILONS = ("eps", "adam_eps", "muon_eps")
+
 _OTHER_LAWS = {"constant": PowerLaw(), "1/width": rules.adam().learning_rate_law}
 
 

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import jax
 import optax
 
 from mup_jax.optimizers.assembly import (
@@ -13,7 +14,8 @@ from mup_jax.optimizers.assembly import (
     WeightDecayScaling,
 )
 from mup_jax.transfer import rules
-from mup_jax.transfer.rules import QiuOrRmsMatching, Rule
+from mup_jax.transfer.derive import DerivedRule, derive_rule
+from mup_jax.transfer.rules import PowerLaw, QiuOrRmsMatching, Rule
 from mup_jax.transforms.adamuon import scale_by_adamuon
 from mup_jax.transforms.blocking import Sides
 from mup_jax.transforms.grafting import graft
@@ -23,6 +25,101 @@ from mup_jax.transforms.muon import scale_by_muon
 from mup_jax.transforms.shampoo import scale_by_shampoo
 from mup_jax.transforms.soap import scale_by_soap
 from mup_jax.transforms.spectral_norm import normalize_rms, normalize_spectral_norm
+
+# Of a direction without a rule, which takes 1 s where it is elementwise and 10 s with eigenbases.
+_MEASURED_WIDTHS = (64, 128, 256)
+# Of the base model, where all factors are 1.
+_UNSCALED = Rule("unscaled", PowerLaw(), epsilon_degree=0)
+
+
+def matrix_optimizer(
+    learning_rate: Rate,
+    direction: optax.GradientTransformation,
+    rule: Rule | None = None,
+    *,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Scalar = 0.0,
+    shapes: PyTree | None = None,
+    embedding_readout_learning_rate: Rate | None = None,
+    hidden_only: bool = True,
+    spectral_norm: bool = False,
+    adam_b1: float = 0.8,
+    adam_b2: float = 0.98,
+    adam_eps: float = 1e-8,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    learning_rate_scaling: LearningRateScaling = "mup",
+    weight_decay_scaling: WeightDecayScaling = "1/width",
+    scale_epsilon: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Any direction on hidden matrices, Adam on embedding, readout and vectors.
+
+    It is what `muon`, `adamuon` and `shampoo` are made with:
+
+        direction = optax.scale_by_lion()
+        optimizer = mup_jax.matrix_optimizer(1e-3, direction, rules.lion(), shapes=shapes)
+
+    Args:
+      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
+        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
+      direction: a transformation of gradients into directions that are positive and without a
+        learning rate, as any `scale_by_*`.
+      rule: how η and ε of the direction scale, from `mup_jax.rules`; None to measure it with
+        `measure_rule`, in seconds, where there are `shapes` to scale by.
+      hidden_only, spectral_norm, adam_b1, adam_b2, adam_eps: as in `muon`.
+      weight_dimension_numbers: those that `direction` was made with.
+
+    Returns:
+      An optimizer whose updates go to `optax.apply_updates`.
+
+    Raises:
+      ValueError: no rule fits what was measured.
+    """
+    if hidden_only and shapes is None:
+        warnings.warn(
+            "without shapes= nothing tells embedding, readout and stacked vectors from hidden "
+            "matrices, so that every leaf of two axes or more takes the direction: give "
+            "shapes=mup_jax.infer_shapes(base_params, params), with roles= for the base model "
+            "itself, or say hidden_only=False",
+            stacklevel=3,  # whoever calls `muon`
+        )
+    if rule is None:
+        rule = _UNSCALED if shapes is None else measure_rule(direction).rule
+    of = Assembly(
+        learning_rate,
+        schedule,
+        weight_decay,
+        shapes,
+        embedding_readout_learning_rate,
+        learning_rate_scaling,
+        weight_decay_scaling,
+        scale_epsilon,
+    )
+    roles = ("hidden",) if hidden_only else ("embedding", "hidden", "readout")
+    by_role = {
+        role: of.scaled(
+            direction,
+            rule,
+            normalize=_normalizer(role, weight_dimension_numbers) if spectral_norm else None,
+        )
+        for role in roles
+    }
+    return of.whole(of.route(of.adam(adam_b1, adam_b2, adam_eps), **by_role))
+
+
+def measure_rule(direction: optax.GradientTransformation) -> DerivedRule:
+    """`derive_rule` at widths of which it takes seconds, under `jax.jit` too.
+
+    Raises:
+      ValueError: as `derive_rule`, or what it measured is no rule.
+    """
+    with jax.ensure_compile_time_eval():
+        derived = derive_rule(direction, widths=_MEASURED_WIDTHS)
+    if derived.problems:
+        raise ValueError(
+            f"no rule was derived: {'; '.join(derived.problems)}. Measure it with "
+            "mup_jax.derive_rule, or choose one of mup_jax.rules, and give it beside the direction"
+        )
+    return derived
 
 
 def adamuon(
@@ -75,21 +172,24 @@ def adamuon(
         steps=steps,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    of = Assembly(
+    return matrix_optimizer(
         learning_rate,
-        schedule,
-        weight_decay,
-        shapes,
-        embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
+        direction,
+        rules.adamuon(),
+        schedule=schedule,
+        weight_decay=weight_decay,
+        shapes=shapes,
+        embedding_readout_learning_rate=embedding_readout_learning_rate,
+        hidden_only=hidden_only,
+        spectral_norm=spectral_norm,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps=adam_eps,
+        weight_dimension_numbers=weight_dimension_numbers,
+        learning_rate_scaling=learning_rate_scaling,
+        weight_decay_scaling=weight_decay_scaling,
+        scale_epsilon=scale_epsilon,
     )
-    by_role = _on_matrices(
-        of, direction, rules.adamuon(), hidden_only, spectral_norm, weight_dimension_numbers
-    )
-    other = of.adam(adam_b1, adam_b2, adam_eps)
-    return of.whole(of.route(other, **by_role))
 
 
 def muon(
@@ -145,26 +245,24 @@ def muon(
         steps=steps,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    of = Assembly(
+    return matrix_optimizer(
         learning_rate,
-        schedule,
-        weight_decay,
-        shapes,
-        embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
-    )
-    by_role = _on_matrices(
-        of,
         direction,
         rules.muon(variant=variant),
-        hidden_only,
-        spectral_norm,
-        weight_dimension_numbers,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        shapes=shapes,
+        embedding_readout_learning_rate=embedding_readout_learning_rate,
+        hidden_only=hidden_only,
+        spectral_norm=spectral_norm,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps=adam_eps,
+        weight_dimension_numbers=weight_dimension_numbers,
+        learning_rate_scaling=learning_rate_scaling,
+        weight_decay_scaling=weight_decay_scaling,
+        scale_epsilon=scale_epsilon,
     )
-    other = of.adam(adam_b1, adam_b2, adam_eps)
-    return of.whole(of.route(other, **by_role))
 
 
 def shampoo(
@@ -241,21 +339,24 @@ def shampoo(
         magnitude = optax.scale_by_adam(b1, b2, adam_eps)
         direction = graft(magnitude, direction, weight_dimension_numbers=weight_dimension_numbers)
         rule = rules.grafted(rules.adam())
-    of = Assembly(
+    return matrix_optimizer(
         learning_rate,
-        schedule,
-        weight_decay,
-        shapes,
-        embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
+        direction,
+        rule,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        shapes=shapes,
+        embedding_readout_learning_rate=embedding_readout_learning_rate,
+        hidden_only=hidden_only,
+        spectral_norm=spectral_norm,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_eps=adam_eps,
+        weight_dimension_numbers=weight_dimension_numbers,
+        learning_rate_scaling=learning_rate_scaling,
+        weight_decay_scaling=weight_decay_scaling,
+        scale_epsilon=scale_epsilon,
     )
-    by_role = _on_matrices(
-        of, direction, rule, hidden_only, spectral_norm, weight_dimension_numbers
-    )
-    other = of.adam(b1, b2, adam_eps)
-    return of.whole(of.route(other, **by_role))
 
 
 def soap(
@@ -331,32 +432,6 @@ def soap(
     if not hidden_only:
         by_role |= {"embedding": on("embedding", "out"), "readout": on("readout", "in")}
     return of.whole(of.route(of.adam(b1, b2, eps), **by_role))
-
-
-def _on_matrices(
-    of: Assembly,
-    direction: optax.GradientTransformation,
-    rule: Rule,
-    hidden_only: bool,
-    spectral_norm: bool,
-    numbers: WeightDimensionNumbers,
-) -> dict[str, optax.GradientTransformation]:
-    """The direction by its rule, for each role that has it."""
-    if hidden_only and of.shapes is None:
-        warnings.warn(
-            "without shapes= nothing tells embedding, readout and stacked vectors from hidden "
-            "matrices, so that every leaf of two axes or more takes the direction: give "
-            "shapes=mup_jax.infer_shapes(base_params, params), with roles= for the base model "
-            "itself, or say hidden_only=False",
-            stacklevel=3,
-        )
-    roles = ("hidden",) if hidden_only else ("embedding", "hidden", "readout")
-    return {
-        role: of.scaled(
-            direction, rule, normalize=_normalizer(role, numbers) if spectral_norm else None
-        )
-        for role in roles
-    }
 
 
 def _normalizer(role: str, numbers: WeightDimensionNumbers) -> optax.GradientTransformation:

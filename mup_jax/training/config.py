@@ -5,17 +5,20 @@ import difflib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType, SimpleNamespace, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jax
 
 from mup_jax.models.attention import attention_of
 from mup_jax.models.llama import LlamaConfig
-from mup_jax.optimizers import OPTIMIZERS
+from mup_jax.optimizers import find_optimizer
+from mup_jax.optimizers.assembly import EPSILONS
+from mup_jax.optimizers.from_file import FileOptimizer, is_file, read_file
 from mup_jax.transfer import ParamShape
 
 if TYPE_CHECKING:
@@ -45,7 +48,9 @@ def default_settings() -> dict[str, Any]:
     `warmup_tokens` count training tokens; steps follow from `batch_size` (rows) and `context`.
     Embedding, readout and vectors have `optimizer.embedding_readout_factor` times the learning rate
     of hidden matrices. `optimizer.options` are passed on to `mup_jax.<optimizer.name>`;
-    `optimizer.epsilon`, where it is not None, is every absolute ε of it. `clip_norm` bounds the
+    `optimizer.epsilon`, where it is not None, is every absolute ε of it. A name like
+    my_optimizer.py:make is that of a function in a file (see `mup_jax.optimizers.from_file`), whose
+    text `with_source` adds as `optimizer.source`. `clip_norm` bounds the
     global norm of the gradient; 0 leaves it alone. `eval_batches` bounds the validation batches;
     validation also runs every `eval_every` steps where that is not 0. Without checkpoints
     (`checkpoint_every` 0) an interrupted run begins again. `measure_optimizer` is whether the
@@ -149,11 +154,40 @@ def model_config(
     )
 
 
-def epsilons_of(name: str, options: Mapping[str, Any]) -> list[str]:
+def optimizer_of(config: Config) -> Callable[..., Any]:
+    """What makes the optimizer of a run; see `mup_jax.optimizers.find_optimizer`."""
+    return find_optimizer(config.optimizer.name, getattr(config.optimizer, "source", ""))
+
+
+def with_source(config: "ConfigDict") -> "ConfigDict":
+    """A configuration with the text of the file that its optimizer is from, where it is from one.
+
+    So a changed file is another configuration, and a run needs the file no more, wherever it is.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    given = config.get("optimizer", {})
+    if not is_file(given.get("name", "")) or "source" in given:
+        return config
+    name, source = read_file(given.name)
+    pinned = copy.deepcopy(config)
+    with pinned.unlocked():
+        pinned.optimizer.update(name=name, source=source)
+    return pinned
+
+
+def describe_rule(config: Config) -> str | None:
+    """A line on the rule of an optimizer from a file; None of one of ours, whose rule is known."""
+    make = optimizer_of(config)
+    return make.describe_rule(config.optimizer.options) if isinstance(make, FileOptimizer) else None
+
+
+def epsilons_of(name: str, options: Mapping[str, Any], source: str = "") -> list[str]:
     """The arguments of an optimizer that are an absolute ε: by default not Shampoo's own."""
-    parameters = inspect.signature(OPTIMIZERS[name]).parameters
+    parameters = inspect.signature(find_optimizer(name, source)).parameters
     is_relative = "relative_eps" in parameters and options.get("relative_eps", True)
-    absolute = {"eps", "adam_eps", "muon_eps"} - ({"eps"} if is_relative else set())
+    absolute = {*EPSILONS} - ({"eps"} if is_relative else set())
     return [parameter for parameter in parameters if parameter in absolute]
 
 
@@ -185,16 +219,23 @@ def check_number(path: str, value: Any, *, allow_zero: bool = False) -> None:
         raise ValueError(f"{path}={value!r}: give a positive, finite value{or_zero}")
 
 
-def check_optimizer(name: str, options: Any) -> None:
-    """Raises ValueError for an optimizer, or an option of it, that does not exist or is refused."""
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
-    types = get_type_hints(OPTIMIZERS[name])
-    known = [k for k in inspect.signature(OPTIMIZERS[name]).parameters if k not in _SET_BY_TRAINER]
-    check_known(options, known, f"{name}.options")
+def check_optimizer(name: str, options: Any, source: str = "") -> None:
+    """Raises ValueError for an optimizer, or an option of it, that does not exist or is refused.
+
+    Args:
+      name: of `find_optimizer`.
+      options: of it.
+      source: the text of its file, where it is from one.
+    """
+    make = find_optimizer(name, source)
+    types = get_type_hints(make)
+    parameters = inspect.signature(make).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        known = [key for key in parameters if key not in _SET_BY_TRAINER]
+        check_known(options, known, f"{name}.options")
     for key, value in options.items():
-        _check_type(f"{name}.options.{key}", value, types[key])
-    _check_options(name, json.dumps(dict(options)))
+        _check_type(f"{name}.options.{key}", value, types.get(key, Any))
+    _check_options(name, json.dumps(dict(options)), source)
 
 
 def _check_type(path: str, value: Any, kind: Any) -> None:
@@ -208,23 +249,26 @@ def _is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of an annotated type: a class, a Literal or a union."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if get_args(kind):
+    if get_origin(kind) in (Union, UnionType):
         return any(_is_of(value, member) for member in get_args(kind))
+    if kind not in (bool, int, float, str, NoneType):
+        return True  # a function in a file may ask for anything
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
 
 
 @functools.cache  # a sweep asks again and again
-def _check_options(name: str, options: str) -> None:
+def _check_options(name: str, options: str, source: str) -> None:
     matrix = {"w": jax.ShapeDtypeStruct((2, 2), "float32")}
     shapes = {"w": ParamShape("hidden", 2, 2, 2, 2)}
     try:
-        optimizer = OPTIMIZERS[name](1.0, shapes=shapes, **json.loads(options))
+        optimizer = find_optimizer(name, source)(1.0, shapes=shapes, **json.loads(options))
         functions = {"obj_fn": lambda tree: tree["w"].sum(), "logits_fn": lambda tree: tree["w"]}
         jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w, **functions), matrix)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}.options: {error}") from error
+        path = "" if str(error).startswith(name) else f"{name}.options: "
+        raise ValueError(f"{path}{error}") from error
 
 
 def validate(config: Config) -> None:
@@ -233,10 +277,14 @@ def validate(config: Config) -> None:
     Raises:
       ValueError: naming the key, its value and the remedy.
     """
-    check_keys(config, default_config())
-    check_optimizer(config.optimizer.name, config.optimizer.options)
+    config, reference = with_source(config), default_config()
+    source = config.get("optimizer", {}).get("source", "")
+    if source:
+        reference.optimizer.source = source
+    check_keys(config, reference)
     given = config.optimizer
-    if given.epsilon is not None and not epsilons_of(given.name, given.options):
+    check_optimizer(given.name, given.options, source)
+    if given.epsilon is not None and not epsilons_of(given.name, given.options, source):
         raise ValueError(f"config.optimizer.epsilon: {given.name} has none, leave it None")
     if config.model.positions not in POSITIONS:
         raise ValueError(
@@ -284,7 +332,8 @@ def without_machine(config: Config) -> Config:
 
 def identity(config: Config) -> str:
     """A name for the run with this configuration, on any machine: 12 hexadecimal digits."""
-    return hashlib.sha256(to_json(without_machine(config)).encode()).hexdigest()[:12]
+    same = without_machine(with_source(config))
+    return hashlib.sha256(to_json(same).encode()).hexdigest()[:12]
 
 
 def program_identity(config: Config) -> str:
@@ -305,6 +354,16 @@ def program_identity(config: Config) -> str:
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
     """The keys in which two configurations (dicts) differ, with both values."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{path} was {old!r} and is now {new!r}"]
+        return [] if old == new else [f"{path}{_difference(old, new)}"]
     keys = sorted({*old, *new})
     return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}")]
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Both values, or of texts the first line that differs."""
+    if isinstance(old, str) and isinstance(new, str) and "\n" in old:
+        lines = itertools.zip_longest(old.splitlines(), new.splitlines())
+        for number, (before, now) in enumerate(lines, 1):
+            if before != now:
+                return f", line {number}, was {before!r} and is now {now!r}"
+    return f" was {old!r} and is now {new!r}"

@@ -116,6 +116,7 @@ def train(
         a CheckpointError.
       Preempted: it was asked to stop, and has saved.
     """
+    config = config_lib.with_source(config)
     config_lib.validate(config)
     workdir = Path(workdir).absolute()
     mesh = make_mesh(config)
@@ -124,6 +125,7 @@ def train(
         claim_workdir(workdir, config)
         return json.loads(result_path.read_text())
     tokens = load_tokens(config.data.source, config.data.tokenizer)
+    distributed.check_equal(config_lib.identity(config), "the configuration")
     distributed.check_equal(tokens.fingerprint, f"the text of {config.data.source}")
     with jax.set_mesh(mesh):
         feed = Feed(config, tokens)

@@ -18,12 +18,12 @@ from optax.contrib import MuonDimensionNumbers
 
 from mup_jax.models.llama import Llama, LlamaConfig, layer_groups, roles, shard
 from mup_jax.models.sharding import place
-from mup_jax.optimizers import OPTIMIZERS
 from mup_jax.training.config import (
     Config,
     as_namespace,
     epsilons_of,
     model_config,
+    optimizer_of,
     program_identity,
     steps_of,
 )
@@ -180,13 +180,14 @@ class Program:
     def optimizer(self, hyperparameters: Hyperparameters) -> optax.GradientTransformationExtraArgs:
         """Clipping, the optimizer, its schedule and weight decay."""
         config = self.config.optimizer
-        make = OPTIMIZERS[config.name]
+        make = optimizer_of(self.config)
         options = dict(config.options)
         if "weight_dimension_numbers" in inspect.signature(make).parameters:
             options["weight_dimension_numbers"] = WEIGHT_DIMENSION_NUMBERS
         if config.epsilon is not None:
             options |= dict.fromkeys(
-                epsilons_of(config.name, config.options), hyperparameters.epsilon
+                epsilons_of(config.name, config.options, getattr(config, "source", "")),
+                hyperparameters.epsilon,
             )
         optimizer = make(
             hyperparameters.learning_rate,

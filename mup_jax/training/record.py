@@ -10,7 +10,8 @@ import jax
 
 from mup_jax.data import Tokens
 from mup_jax.models.llama import forward_flops_per_token, num_parameters
-from mup_jax.training.config import Config
+from mup_jax.optimizers.from_file import label_of
+from mup_jax.training.config import Config, describe_rule
 from mup_jax.training.program import Program
 
 _LOSS_CURVE_POINTS = 100
@@ -36,7 +37,8 @@ def run_record(
         "tokens": n_tokens,
         "steps": program.steps,
         "batch_size": config.batch_size,
-        "optimizer": config.optimizer.name,
+        "optimizer": label_of(config.optimizer.name),
+        "rule": describe_rule(config),
         "learning_rate": config.optimizer.learning_rate,
         "embedding_readout_factor": config.optimizer.embedding_readout_factor,
         "weight_decay": config.optimizer.weight_decay,

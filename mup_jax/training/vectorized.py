@@ -87,6 +87,7 @@ def train_vectorized(
       ValueError: as `train`; the runs differ in more than a program's arguments, or one of them
         has finished.
     """
+    configs = [config_lib.with_source(config) for config in configs]
     _check(configs)
     for config in configs:
         config_lib.validate(config)

@@ -294,6 +294,13 @@ def test_differences_name_both_values():
     assert differences(old, old) == []
 
 
+def test_differences_of_texts_name_the_line():
+    path = "config.optimizer.source"
+    assert differences("a\nb\nc", "a\nx\nc", path) == [f"{path}, line 2, was 'b' and is now 'x'"]
+    assert differences("a\nb", "a\nb\nc", path) == [f"{path}, line 3, was None and is now 'c'"]
+    assert differences("a\n", "a\n\n\n", path)
+
+
 @pytest.mark.parametrize(
     ("tokens", "batch_size", "context", "steps"),
     [
