@@ -31,6 +31,7 @@ from mup_jax.transfer import (
 )
 from mup_jax.transforms import (
     graft,
+    hyperball,
     normalize_rms,
     normalize_spectral_norm,
     scale_by_adamuon,
@@ -56,6 +57,7 @@ __all__ = [
     "derive_rule",
     "describe",
     "graft",
+    "hyperball",
     "infer_shapes",
     "lamb",
     "lion",

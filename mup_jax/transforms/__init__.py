@@ -2,6 +2,7 @@
 
 from mup_jax.transforms.adamuon import ScaleByAdaMuonState, scale_by_adamuon
 from mup_jax.transforms.grafting import GraftState, graft
+from mup_jax.transforms.hyperball import HyperballState, hyperball
 from mup_jax.transforms.muon import ScaleByMuonState, scale_by_muon
 from mup_jax.transforms.shampoo import ScaleByShampooState, scale_by_shampoo
 from mup_jax.transforms.soap import ScaleBySoapState, scale_by_soap
@@ -15,6 +16,7 @@ from mup_jax.transforms.spectral_norm import (
 
 __all__ = [
     "GraftState",
+    "HyperballState",
     "NormalizeRmsState",
     "NormalizeSpectralNormState",
     "ScaleByAdaMuonState",
@@ -23,6 +25,7 @@ __all__ = [
     "ScaleBySoapState",
     "ScaleBySophiaGState",
     "graft",
+    "hyperball",
     "normalize_rms",
     "normalize_spectral_norm",
     "scale_by_adamuon",
