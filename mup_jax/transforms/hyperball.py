@@ -52,8 +52,8 @@ def hyperball(
         scale = optax.chain(by_rule, optax.scale_by_learning_rate(0.01))
 
     A matrix of zeros has no norm to hold. Its R is √d_out, which is the norm of one with entries
-    N(0, 1/d_in), and its first update that is not zero gives it this norm at once: W = -R u/‖u‖_F at
-    any η. Where u or the step is zero or not finite, W stays as it is.
+    N(0, 1/d_in), and its first update that is not zero gives it this norm at once: W = -R u/‖u‖_F
+    at any η. Where u or the step is zero or not finite, W stays as it is.
 
     Args:
       inner: a direction without learning rate, such as `scale_by_muon` or a chain of several.
@@ -96,17 +96,14 @@ def hyperball(
 
         leaves, treedef = jax.tree.flatten(directions)
         radii = jax.tree.leaves(state.radius)
-        units, skipped = zip(*map(unit, layouts, leaves), strict=True) if leaves else ((), ())
-        on_sphere = [radius * u for radius, u in zip(radii, units, strict=True)]
+        units = [unit(*pair) for pair in zip(layouts, leaves, strict=True)]
+        on_sphere = [radius * u for radius, (u, _) in zip(radii, units, strict=True)]
+        nonfinite = sum((n for _, n in units), start=state.nonfinite)
         steps, scale_state = scale.update(
             jax.tree.unflatten(treedef, on_sphere), state.scale, params, **extra_args
         )
-
-        matrices = jax.tree.leaves(params)
-        moves = map(_move, layouts, radii, matrices, jax.tree.leaves(steps))
-        new = HyperballState(
-            state.radius, inner_state, scale_state, sum(skipped, start=state.nonfinite)
-        )
+        moves = map(_move, layouts, radii, jax.tree.leaves(params), jax.tree.leaves(steps))
+        new = HyperballState(state.radius, inner_state, scale_state, nonfinite)
         return jax.tree.unflatten(treedef, moves), new
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -120,7 +117,7 @@ def _radius(layout: MatrixLayout, w: jax.Array) -> jax.Array:
 def _move(layout: MatrixLayout, radius: jax.Array, w: jax.Array, step: jax.Array) -> jax.Array:
     """From w to the point of the sphere that w + step is above; zero where there is none."""
     axes = layout.in_axes + layout.out_axes
-    at = w.astype(jnp.float32)
+    at, step = w.astype(jnp.float32), step.astype(jnp.float32)
     length = frobenius_norm(layout, at + step)
     moved = jnp.isfinite(length) & (length > 0) & jnp.any(step != 0, axis=axes, keepdims=True)
     ratio = jnp.where(moved, radius / length, 1.0)

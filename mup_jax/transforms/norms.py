@@ -28,7 +28,8 @@ def in_range(layout: MatrixLayout, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     axes = layout.in_axes + layout.out_axes
     u = u.astype(jnp.float32)
     largest = jnp.max(jnp.abs(u), axis=axes, keepdims=True)
-    finite = jnp.isfinite(largest)
+    # Not of the largest: between devices a maximum loses NaN.
+    finite = jnp.all(jnp.isfinite(u), axis=axes, keepdims=True)
     usable = finite & (largest >= jnp.finfo(jnp.float32).tiny)
     return jnp.where(usable, u / largest, 0.0), jnp.sum(~finite, dtype=jnp.int32)
 
@@ -40,4 +41,4 @@ def unit(layout: MatrixLayout, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     x, nonfinite = in_range(layout, u)
     length = frobenius_norm(layout, x)
-    return jnp.where(length > 0, x / length, 0.0), nonfinite
+    return x / jnp.where(length > 0, length, 1.0), nonfinite

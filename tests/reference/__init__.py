@@ -13,6 +13,7 @@ from .adam import Adam
 from .adamuon import AdaMuon
 from .blocks import early, every
 from .graft import Graft
+from .hyperball import Hyperball
 from .muon import JORDAN, Muon
 from .shampoo import Shampoo
 from .soap import Soap
@@ -24,6 +25,7 @@ __all__ = [
     "AdaMuon",
     "Adam",
     "Graft",
+    "Hyperball",
     "Muon",
     "Shampoo",
     "Soap",
