@@ -67,11 +67,14 @@ def hyperball(
       `update` needs.
 
     Raises:
-      ValueError: at `init` or `update`, a leaf is not a matrix; at `update`, no parameters.
+      ValueError: `scale` is no transformation; at `init` or `update`, a leaf is not a matrix; at
+        `update`, no parameters.
 
     References:
       Wen et al., `Hyperball optimization <https://arxiv.org/abs/2606.16899>`_, 2026.
     """
+    if not hasattr(scale, "update"):
+        raise ValueError(f"scale={scale!r}: give optax.scale_by_learning_rate of it")
     inner = optax.with_extra_args_support(inner)
     scale = optax.with_extra_args_support(scale)
 

@@ -126,7 +126,8 @@ def test_a_matrix_of_zeros_gets_the_norm_of_a_random_one(shape):
 def test_an_update_that_says_nothing_leaves_its_matrix_alone(bad):
     w, gradients = normal(3, 6, 4), normal(4, 3, 6, 4)
     gradients[2, 1] = bad
-    got, state = train(sgd_h(weight_dimension_numbers=STACKED), w, gradients)
+    with jax.debug_nans(bad == 0):
+        got, state = train(sgd_h(weight_dimension_numbers=STACKED), w, gradients)
     np.testing.assert_array_equal(got[2][1], got[1][1])
     assert (norms(got[2] - got[1])[::2] > 0).all()
     np.testing.assert_allclose(norms(got[3]), norms(w), rtol=1e-5)
@@ -194,6 +195,11 @@ def test_parameters_are_needed():
     transformation = adam_h()
     with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
         transformation.update(normal(3, 4), transformation.init(normal(3, 4)))
+
+
+def test_a_bare_learning_rate_is_refused():
+    with pytest.raises(ValueError, match=r"scale=0\.1: give optax\.scale_by_learning_rate"):
+        hyperball(optax.scale_by_adam(), 0.1)
 
 
 # Inside of others
