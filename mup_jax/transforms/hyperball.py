@@ -53,7 +53,7 @@ def hyperball(
 
     A matrix of zeros has no norm to hold. Its R is √d_out, which is the norm of one with entries
     N(0, 1/d_in), and its first update that is not zero gives it this norm at once: W = -R u/‖u‖_F
-    at any η. Where u or the step is zero or not finite, W stays as it is.
+    at any η, which no warm-up softens. Where u or the step is zero or not finite, W stays as it is.
 
     Args:
       inner: a direction without learning rate, such as `scale_by_muon` or a chain of several.
