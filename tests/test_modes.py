@@ -54,6 +54,9 @@ TRANSFORMATIONS = {
     "soap": lambda: mup_jax.scale_by_soap(**BLOCKS),
     "soap, one side": lambda: mup_jax.scale_by_soap(sides="in", **BLOCKS),
     "graft": lambda: mup_jax.graft(optax.scale_by_rms(), mup_jax.scale_by_shampoo(**BLOCKS)),
+    "hyperball": lambda: mup_jax.hyperball(
+        mup_jax.scale_by_muon(), optax.scale_by_learning_rate(0.1)
+    ),
     "normalize_spectral_norm": mup_jax.normalize_spectral_norm,
     "normalize_rms": mup_jax.normalize_rms,
     "weight decay": lambda: mup_jax.add_independent_weight_decay(0.1, SHAPES),

@@ -151,6 +151,7 @@ class Rule:
 
 
 MeasuredOrGupta = Literal["measured", "gupta"]
+MeasuredOrPublished = Literal["published", "measured"]
 QiuOrGupta = Literal["qiu", "gupta"]
 QiuOrRmsMatching = Literal["qiu", "rms_matching"]
 
@@ -333,6 +334,32 @@ def spectrally_normalized(inner: Rule | None = None) -> Rule:
         homogeneity=0.0,
         homogeneity_per_side=0.0,
         source="[Q]",
+    )
+
+
+def hyperball(*, variant: MeasuredOrPublished = "published") -> Rule:
+    """`mup_jax.hyperball`: η constant, but ∝ 1/√d_in at readouts.
+
+    η is relative to ‖W‖_F, which is ∝ √d_out in random matrices of entries N(0, 1/d_in), and in
+    those that begin at zero. Then an update of full stable rank, as of Muon in large batches, moves
+    outputs by as much at every width; of readouts, whose rank is that of the vocabulary, one that
+    is ∝ 1/√d_in relative to them.
+
+    Args:
+      variant: "published": Wen et al. report transfer of hidden matrices without any factor, also
+        with Adam. Or "measured": 1/√d_in for hidden matrices too, which updates of a stable rank
+        that does not grow with the width need, as in the first steps.
+    """
+    _check_variant(variant, MeasuredOrPublished)
+    law = PowerLaw(d_in=-0.5)
+    if variant == "measured":
+        return Rule("hyperball", law, epsilon_degree=0, source="measured")
+    return Rule(
+        "hyperball",
+        PowerLaw(),
+        readout_learning_rate_law=law,
+        epsilon_degree=0,
+        source="Wen et al., measured",
     )
 
 

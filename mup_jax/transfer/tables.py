@@ -92,6 +92,8 @@ _FORMULAS: dict[str, Rule] = {
     "SOAP, out side only": rules.soap(sides="out"),
     "Adam#Q, of any direction Q": rules.grafted(rules.adam()),
     "Muon, spectrally normalized": rules.spectrally_normalized(rules.muon()),
+    "Hyperball": rules.hyperball(),
+    "Hyperball, variant measured": rules.hyperball(variant="measured"),
 }
 
 _WIDTH, _VOCABULARY, _BLOCK = 64, 96, 16
@@ -119,6 +121,7 @@ _WORKED_OUT: dict[str, RuleByRole] = {
     "LAMB": rules.lamb(),
     "LAMB, variant gupta": rules.lamb(variant="gupta"),
     "spectral normalization": rules.spectrally_normalized(),
+    "hyperball": rules.hyperball(),
 }
 
 _PAGE = """\
@@ -138,7 +141,8 @@ Without an optimizer's ε, gradients c·G give c^h times the updates of G. Shamp
 absolute one; relative to the largest eigenvalue (`relative_eps`) it needs no rule. AdaMuon's is
 added to the size of orthogonalized matrices, which no gradient changes: `mup` leaves it alone.
 Sophia's γ is ∝ `d_out·L`, so that the same fraction of entries is clipped. An ε of grafting itself,
-added to the norm of an update of Q, is ∝ √(d_out/d_in) over the η of Q.
+added to the norm of an update of Q, is ∝ √(d_out/d_in) over the η of Q. Hyperball's η is relative
+to the norm of a matrix that begins at N(0, 1/d_in) or at zero, whatever the direction.
 
 η for width k, depth N and a fixed vocabulary:
 

@@ -3,6 +3,7 @@
 from mup_jax.transforms.adamuon import AdaMuonState, scale_by_adamuon
 from mup_jax.transforms.engine import Blocks, ScaleByBlocksState, scale_by_blocks
 from mup_jax.transforms.grafting import GraftState, graft
+from mup_jax.transforms.hyperball import HyperballState, hyperball
 from mup_jax.transforms.muon import MuonState, scale_by_muon
 from mup_jax.transforms.rule import Block, BlockRule
 from mup_jax.transforms.shampoo import ShampooState, scale_by_shampoo
@@ -21,6 +22,7 @@ __all__ = [
     "BlockRule",
     "Blocks",
     "GraftState",
+    "HyperballState",
     "MuonState",
     "NormalizeRmsState",
     "NormalizeSpectralNormState",
@@ -29,6 +31,7 @@ __all__ = [
     "ShampooState",
     "SoapState",
     "graft",
+    "hyperball",
     "normalize_rms",
     "normalize_spectral_norm",
     "scale_by_adamuon",

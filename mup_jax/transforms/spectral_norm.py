@@ -1,8 +1,7 @@
 """Explicit normalization: any direction, scaled to the norm that feature learning asks for.
 
 The spectral norm is estimated by power iteration on the leaves as they are, in products of whole
-arrays that are summed over axes: no transpose, no reshape, and under a mesh no sharding that cannot
-be summed over.
+arrays that are summed over axes, as all norms here are.
 """
 
 import math
@@ -17,6 +16,7 @@ from mup_jax.transforms.matrices import (
     WeightDimensionNumbers,
     matrix_layouts,
 )
+from mup_jax.transforms.norms import frobenius_norm, in_range, norm, unit
 from mup_jax.transforms.options import check_static
 
 
@@ -32,23 +32,6 @@ class NormalizeRmsState(NamedTuple):
     """State of `normalize_rms`."""
 
     nonfinite: jax.Array  # int32: matrices of updates zeroed so far
-
-
-def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
-
-
-def _in_range(layout: MatrixLayout, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Matrices over their largest entries, in float32, and how many are not finite.
-
-    Squares and products of the result stay in range; what is zero or not finite becomes zero.
-    """
-    axes = layout.in_axes + layout.out_axes
-    u = u.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(u), axis=axes, keepdims=True)
-    finite = jnp.isfinite(largest)
-    usable = finite & (largest >= jnp.finfo(jnp.float32).tiny)
-    return jnp.where(usable, u / largest, 0.0), jnp.sum(~finite, dtype=jnp.int32)
 
 
 def normalize_spectral_norm(
@@ -97,7 +80,7 @@ def normalize_spectral_norm(
         # One vector for all matrices of a stack: a stack is its matrices one by one.
         shape = [d if a in layout.in_axes else 1 for a, d in enumerate(zero.shape)]
         v = zero + jax.random.normal(jax.random.key(0), shape, jnp.float32)
-        return v / _norm(v, layout.in_axes)
+        return v / norm(v, layout.in_axes)
 
     def init(params: optax.Params) -> NormalizeSpectralNormState:
         leaves, treedef = jax.tree.flatten(params)
@@ -113,18 +96,16 @@ def normalize_spectral_norm(
         layout: MatrixLayout, u: jax.Array, v: jax.Array, n: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The normalized u, the new v, and how many matrices are not finite."""
-        x, nonfinite = _in_range(layout, u)
+        x, nonfinite = in_range(layout, u)
 
         def iterate(v: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = jnp.sum(x * v, layout.in_axes, keepdims=True)
             back = jnp.sum(x * y, layout.out_axes, keepdims=True)
-            length = _norm(back, layout.in_axes)
-            return jnp.where(length > 0, back / length, v), _norm(y, layout.out_axes)
+            length = norm(back, layout.in_axes)
+            return jnp.where(length > 0, back / length, v), norm(y, layout.out_axes)
 
         v, sigma = jax.lax.fori_loop(1, n, lambda _, carry: iterate(carry[0]), iterate(v))
-        least = _norm(x, layout.in_axes + layout.out_axes) / math.sqrt(
-            min(layout.d_in, layout.d_out)
-        )
+        least = frobenius_norm(layout, x) / math.sqrt(min(layout.d_in, layout.d_out))
         sigma = jnp.maximum(sigma, least)
         target = math.sqrt(layout.d_out / layout.d_in)
         normalized = jnp.where(sigma > 0, x * (target / sigma), 0.0)
@@ -188,10 +169,9 @@ def normalize_rms(
         normalized, skipped = [], state.nonfinite
         layouts = matrix_layouts(updates, weight_dimension_numbers)
         for layout, u in zip(layouts, leaves, strict=True):
-            x, nonfinite = _in_range(layout, u)
-            length = _norm(x, layout.in_axes + layout.out_axes)
+            x, nonfinite = unit(layout, u)
             size = math.sqrt(layout.d_in * layout.d_out)
-            normalized.append(jnp.where(length > 0, x * (size / length), 0.0).astype(u.dtype))
+            normalized.append((size * x).astype(u.dtype))
             skipped = skipped + nonfinite
         return jax.tree.unflatten(treedef, normalized), NormalizeRmsState(skipped)
 

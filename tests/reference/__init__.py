@@ -13,7 +13,10 @@ from .adam import Adam
 from .adamuon import AdaMuon
 from .blocks import early, every
 from .graft import Graft
+from .hyperball import Hyperball
+from .kl import KLFactors, KLShampoo, KLSoap
 from .muon import JORDAN, Muon
+from .normuon import NorMuon
 from .shampoo import Shampoo
 from .soap import Soap
 from .sophia import SophiaG, bartlett_estimate, gauss_newton_diagonal
@@ -24,7 +27,12 @@ __all__ = [
     "AdaMuon",
     "Adam",
     "Graft",
+    "Hyperball",
+    "KLFactors",
+    "KLShampoo",
+    "KLSoap",
     "Muon",
+    "NorMuon",
     "Shampoo",
     "Soap",
     "SophiaG",

@@ -1,6 +1,8 @@
-"""What Shampoo and SOAP share: where a matrix is cut, which sides are kept, when to refresh."""
+"""What Shampoo and SOAP share: cuts of a matrix, sides that are kept, when and how to refresh."""
 
 from collections.abc import Callable
+
+import numpy as np
 
 Refresh = Callable[[int, int], bool]
 
@@ -45,3 +47,11 @@ def cut(
         for i in range(0, d_in, b_in)
         for j in range(0, d_out, b_out)
     ]
+
+
+def next_basis(P: np.ndarray, Q: np.ndarray, *, exact: bool) -> np.ndarray:
+    """The eigenvectors of P, or a power step towards them from Q with its columns by size."""
+    if exact:
+        return np.linalg.eigh(P)[1]
+    by_size = np.argsort(-np.diag(Q.T @ P @ Q), kind="stable")
+    return np.linalg.qr(P @ Q[:, by_size])[0]

@@ -6,7 +6,7 @@ u = Q_in [(Q_inᵀ M Q_out)/(√V + ε)] Q_outᵀ · √(1−β₂ᵗ)/(1−β�
 
 import numpy as np
 
-from .blocks import Refresh, cut, early, every, kept_sides
+from .blocks import Refresh, cut, early, every, kept_sides, next_basis
 
 
 class Soap:
@@ -51,15 +51,16 @@ class Soap:
             self.factor_in[block] = self.b2 * self.factor_in[block] + (1 - self.b2) * g @ g.T
             self.factor_out[block] = self.b2 * self.factor_out[block] + (1 - self.b2) * g.T @ g
 
-            if self.exact(self.step, block) or self.refresh(self.step, block):
+            exact = self.exact(self.step, block)
+            if exact or self.refresh(self.step, block):
                 if kept_in:
                     old = self.Q_in[block]
-                    new = self._new_basis(block, self.factor_in[block], old)
+                    new = next_basis(self.factor_in[block], old, exact=exact)
                     self.v[block] = ((old.T @ new) ** 2).T @ self.v[block]
                     self.Q_in[block] = new
                 if kept_out:
                     old = self.Q_out[block]
-                    new = self._new_basis(block, self.factor_out[block], old)
+                    new = next_basis(self.factor_out[block], old, exact=exact)
                     self.v[block] = self.v[block] @ (old.T @ new) ** 2
                     self.Q_out[block] = new
 
@@ -70,9 +71,3 @@ class Soap:
             u[where] = Q_in @ direction @ Q_out.T
         self.step += 1
         return u * np.sqrt(1 - self.b2**self.step) / (1 - self.b1**self.step)
-
-    def _new_basis(self, block: int, P: np.ndarray, Q: np.ndarray) -> np.ndarray:
-        if self.exact(self.step, block):
-            return np.linalg.eigh(P)[1]
-        by_size = np.argsort(-np.diag(Q.T @ P @ Q), kind="stable")
-        return np.linalg.qr(P @ Q[:, by_size])[0]

@@ -8,7 +8,12 @@ from . import (
     Adam,
     AdaMuon,
     Graft,
+    Hyperball,
+    KLFactors,
+    KLShampoo,
+    KLSoap,
     Muon,
+    NorMuon,
     Shampoo,
     Soap,
     SophiaG,
@@ -140,12 +145,13 @@ def test_staggered_blocks_refresh_at_their_own_steps(optimizer):
     np.testing.assert_allclose([u[3:] for u in whole], second)
 
 
+@pytest.mark.parametrize("soap", [Soap, KLSoap])
 @pytest.mark.parametrize("exact_steps", [1, 100])
-def test_soap_of_diagonal_gradients_is_adam(exact_steps):
+def test_soap_of_diagonal_gradients_is_adam(soap, exact_steps):
     # Off the diagonal both are 0/ε; on it the basis is the axes, however they are permuted. They
     # add ε before and after the correction of the bias, which must not show.
     gradients = [np.diag(d) for d in RNG.normal(size=(8, 4)) * [1.0, 3.0, 2.0, 0.5]]
-    soap = run(Soap(eps=1e-10, exact=early(1, exact_steps)), gradients)
+    soap = run(soap(eps=1e-10, exact=early(1, exact_steps)), gradients)
     np.testing.assert_allclose(soap, run(Adam(eps=1e-10), gradients), atol=1e-6)
 
 
@@ -160,7 +166,7 @@ def test_soap_without_a_side_to_rotate_is_adam():
     np.testing.assert_allclose(soap, run(Adam(eps=0.0), MOVING))
 
 
-@pytest.mark.parametrize("optimizer", [Shampoo, Soap, Muon])
+@pytest.mark.parametrize("optimizer", [Shampoo, Soap, KLShampoo, KLSoap, Muon])
 def test_rotating_the_gradient_rotates_the_update(optimizer):
     # Square gradients: rank-deficient factors would leave the null space of the basis arbitrary.
     gradients = [G[:3] for G in MOVING]
@@ -175,6 +181,103 @@ def test_soap_of_the_transpose_is_the_transpose():
     square = [G[:3] for G in MOVING]
     transposed = run(Soap(), [G.T for G in square])
     np.testing.assert_allclose(transposed, [u.T for u in run(Soap(), square)], atol=1e-7)
+
+
+def rotation(d):
+    return np.linalg.qr(RNG.normal(size=(d, d)))[0]
+
+
+@pytest.mark.parametrize(
+    "refresh", [{"exact": every(1)}, {"exact": early(1, 1), "refresh": every(5)}]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_kl_factors_recover_a_kronecker_covariance(refresh, scale):
+    root_in = rotation(6) * np.geomspace(1, 0.1, 6) @ rotation(6)
+    root_out = rotation(4) * np.geomspace(1, 0.1, 4) @ rotation(4)
+    factors = KLFactors(0.999, 1e-5, **{"refresh": every(1)} | refresh)
+    for Z in RNG.normal(size=(2000, 6, 4)):
+        factors.update(scale * root_in @ Z @ root_out.T)
+    # In units of the true one, the estimated covariance is the identity.
+    got = np.kron(factors.power(0, 1), factors.power(1, 1)) / scale**2
+    inverse = np.linalg.inv(np.kron(root_in, root_out))
+    np.testing.assert_allclose(np.linalg.eigvalsh(inverse @ got @ inverse.T), 1, atol=0.15)
+
+
+def test_kl_eigenvalues_are_averages_in_the_basis():
+    factors = KLFactors(0.5, 0.0, exact=early(1, 1), refresh=every(4))
+    for G in MOVING[:2]:
+        factors.update(G)
+    before_in, before_out = factors.eigenvalues(0), factors.eigenvalues(1)
+    rotated = factors.Q[0].T @ MOVING[2] @ factors.Q[1]
+    factors.update(MOVING[2])
+    # The weights of three gradients and what came before them: 1/2, 1/4, 1/8 and 1/16 of 15/16.
+    want_in = (7 / 16 * before_in + np.mean(rotated**2 / before_out, axis=1) / 2) * 16 / 15
+    want_out = (7 / 16 * before_out + np.mean(rotated.T**2 / before_in, axis=1) / 2) * 16 / 15
+    np.testing.assert_allclose(factors.eigenvalues(0), want_in)
+    np.testing.assert_allclose(factors.eigenvalues(1), want_out)
+
+
+def test_kl_shampoo_first_step_by_hand():
+    G = np.diag([3.0, 4.0])
+    # Its entries have size 2.5, as both factors before, of which half is kept.
+    S = (2.5 / 2 + np.array([9.0, 16.0]) / (2 * 2.5)) / 1.5
+    u = KLShampoo(b2=0.5, eps=0.0).update(G)
+    np.testing.assert_allclose(u, np.diag(np.array([3.0, 4.0]) / S), atol=1e-12)
+
+
+@pytest.mark.parametrize(("sides", "power"), [("both", 1.0), ("in", 0.5), ("out", 0.5)])
+def test_kl_shampoo_divides_out_the_size_of_gradients(sides, power):
+    plain = run(KLShampoo(sides=sides), MOVING)
+    np.testing.assert_allclose(run(KLShampoo(sides=sides), [1e-8 * G for G in MOVING]), plain)
+    # Entries of the gradient are about 1, and those of the update.
+    assert 0.3 < np.std(plain) < 3
+
+
+def test_kl_shampoo_one_side_is_shampoo_of_that_side_in_time():
+    gradients = [MOVING[t % 6] for t in range(600)]
+    got = run(KLShampoo(sides="out", eps=0.0), gradients)[-1]
+    # The factor is a mean over the inputs, not a sum.
+    want = np.sqrt(5) * run(Shampoo(sides="out", eps=0.0), gradients)[-1]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_kl_soap_has_the_bases_of_kl_factors():
+    options = {"exact": early(1, 1), "refresh": every(2)}
+    soap, factors = KLSoap(b1=0.0, factor_eps=1e-5, **options), KLFactors(0.98, 1e-5, **options)
+    for G in MOVING:
+        u = soap.update(G)
+        factors.update(G)
+    Q_in, Q_out = factors.Q
+    rotated = Q_in.T @ MOVING[-1] @ Q_out
+    np.testing.assert_allclose(np.sign(Q_in.T @ u @ Q_out), np.sign(rotated))
+
+
+def test_normuon_keeps_the_norm_and_evens_out_the_neurons():
+    muon, normuon = run(Muon(), MOVING), run(NorMuon(), MOVING)
+    norms = lambda updates: np.linalg.norm(updates, axis=(1, 2))
+    np.testing.assert_allclose(norms(normuon), norms(muon))
+    # After one step every output neuron has moved as far; MOVING is (d_in, d_out).
+    of_neurons = np.linalg.norm(normuon[0], axis=0)
+    np.testing.assert_allclose(of_neurons, of_neurons[0], rtol=1e-6)
+    ratio = normuon[0] / muon[0]
+    np.testing.assert_allclose(ratio, ratio[:1].repeat(5, axis=0))
+
+
+def test_normuon_second_step_by_hand():
+    still = NorMuon(b1=0.0, b2=0.5, eps=0.0, nesterov=False, coefficients=[(1.0, 0.0, 0.0)])
+    first, second = np.array([[3.0, 4.0]]) / 5, np.array([[4.0, 3.0]]) / 5
+    still.update(first)
+    # v = (9/4 + 16/2, 16/4 + 9/2) / 25.
+    want = second / np.sqrt([10.25, 8.5])
+    np.testing.assert_allclose(still.update(second), want / np.linalg.norm(want), rtol=1e-6)
+
+
+def test_hyperball_by_hand():
+    ball = Hyperball(Adam(eps=0.0), np.array([[3.0, 4.0]]), [0.5])
+    # The update (1, -1) gets the norm 5; half of it is taken, and (1.232, 5.768) the norm 5 again.
+    moved = np.array([[3.0, 4.0]]) - 0.5 * 5 * np.array([[1.0, -1.0]]) / np.sqrt(2)
+    got = ball.update(np.array([[0.1, -7.0]]))
+    np.testing.assert_allclose(got, 5 * moved / np.linalg.norm(moved))
 
 
 def test_graft_has_the_magnitude_of_one_and_the_direction_of_the_other():

@@ -140,6 +140,27 @@ def test_readouts_of_lamb_follow_their_initialisation():
     assert wide.exponents["readout"] == pytest.approx(-0.5, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("direction", "examples", "variant"),
+    [
+        (optax.scale_by_adam, EXAMPLES, "measured"),
+        (mup_jax.scale_by_muon, EXAMPLES, "measured"),
+        # Of full rank; Adam's updates still have most in what all inputs have in common.
+        pytest.param(optax.scale_by_adam, 512, "measured", marks=pytest.mark.slow),
+        (mup_jax.scale_by_muon, 512, "published"),
+    ],
+)
+def test_hyperball_follows_the_rank_of_updates(direction, examples, variant):
+    inner = mup_jax.hyperball(direction(), optax.scale_by_learning_rate(1e-3))
+    zero = {"readout": lambda d_in: 0.0}
+    derived = derive_rule(inner, widths=WIDTHS, examples=examples, initial_std=zero)
+    got = [derived.exponents[role] for role in LAYERS]
+    rule = rules.hyperball(variant=variant)
+    assert got == pytest.approx(exponents_of(rule.learning_rate), abs=0.1)
+    assert derived.homogeneity == pytest.approx(rule.homogeneity, abs=0.01)
+    assert derived.epsilon_exponents is None
+
+
 def with_rule(inner, rule, base_width=WIDTHS[0]):
     """`mup`, for whatever width the parameters have."""
     base = {r: jax.ShapeDtypeStruct(s, jnp.float32) for r, s in derive._sides(base_width).items()}

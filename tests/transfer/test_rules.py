@@ -49,6 +49,11 @@ LEARNING_RATES = {
     "spectral soap": (rules.spectrally_normalized(rules.soap(block_size=None)), one_table),
     "spectral lamb": (rules.spectrally_normalized(rules.lamb()), one_table),
     "grafted shampoo": (rules.grafted(rules.adam()), adam_table),
+    "hyperball": (rules.hyperball(), lambda k, n: (1, 1, 1 / math.sqrt(k))),
+    "hyperball, measured": (
+        rules.hyperball(variant="measured"),
+        lambda k, n: (1, 1 / math.sqrt(k), 1 / math.sqrt(k)),
+    ),
     "muon": (rules.muon(), muon_table),
     "shampoo ¼": (rules.shampoo(block_size=None, **SHAMPOO_4), muon_table),
     "shampoo ¼, blocks": (rules.shampoo(block_size=BLOCK, **SHAMPOO_4), adam_table),
@@ -70,6 +75,7 @@ EPSILONS = {
     "lamb": lambda i, o, n: 1 / (n * o),
     "adamuon": lambda i, o, n: 1 / math.sqrt(i * o),
     "spectral": lambda i, o, n: 1,
+    "hyperball": lambda i, o, n: 1,
     "spectral soap": lambda i, o, n: math.sqrt(i * o) / (n * o),
     "grafted shampoo": lambda i, o, n: 1 / (n * o),
     "muon": lambda i, o, n: math.sqrt(i / o) / n,
@@ -214,9 +220,9 @@ def test_variants_of_gupta_et_al():
     assert sophia.learning_rate(shapes["hidden"]) == 1 / 4
 
 
-@pytest.mark.parametrize("rule", [rules.lamb, rules.sophia, rules.shampoo])
+@pytest.mark.parametrize("rule", [rules.lamb, rules.sophia, rules.shampoo, rules.hyperball])
 def test_unknown_variants_are_refused(rule):
-    with pytest.raises(ValueError, match=r"variant='gutpa': choose .* or 'gupta'"):
+    with pytest.raises(ValueError, match=r"variant='gutpa': choose .* or '(gupta|measured)'"):
         rule(variant="gutpa")
 
 
@@ -249,6 +255,7 @@ WORKED_OUT = {
     ("Shampoo² without blocks",): ("1", "1/N", "1"),
     ("Shampoo² with a fixed block size",): ("1/k", "1/(k²·N)", "1/k"),
     ("spectral normalization",): ("1", "1", "1"),
+    ("hyperball",): ("1", "1", "1/√k"),
 }
 
 
@@ -279,6 +286,7 @@ def test_the_documentation_has_the_factors_worked_out_by_hand(names):
         ("SGD", "`d_out·L/d_in` – 1 [G], [Y]"),
         ("Adam(W)", "`1/d_in` `1/(d_out·L)` 0 [Q], [G]"),
         ("Muon", "`√d_out/√d_in` `√d_in/(√d_out·L)` 0 [Q], [G]"),
+        ("Hyperball", "`1`; readout `1/√d_in` – 0 Wen et al., measured"),
         ("LAMB", "`1/√d_in`; readout `1` `1/(d_out·L)` 0 measured"),
         ("Shampoo(½, ½) = Shampoo²", "`1/(L·n)` `d_in/(d_out·L²·n)` -1 [Q]"),
         ("Shampoo(½), one side", "`√d_out/(√d_in·√n)` `d_in/(d_out·L²·n)` 0 [Q]"),

@@ -208,6 +208,7 @@ def test_rms_of_what_says_nothing_is_zero():
 @pytest.mark.parametrize("normalize", [normalize_spectral_norm, normalize_rms])
 def test_sharded_updates(normalize, kind):
     trees = [{"stack": normal(3, 8, 6), "w": normal(16, 4)} for _ in range(4)]
+    trees[1]["w"][3, 1] = np.nan
     specs = {"stack": jax.P(None, "data", "model"), "w": jax.P("data", "model")}
     numbers = {"stack": STACKED, "w": MuonDimensionNumbers()}
     transformation = normalize(weight_dimension_numbers=numbers)
