@@ -52,8 +52,9 @@ def hyperball(
         scale = optax.chain(by_rule, optax.scale_by_learning_rate(0.01))
 
     A matrix of zeros has no norm to hold. Its R is √d_out, which is the norm of one with entries
-    N(0, 1/d_in), and its first update that is not zero gives it this norm at once: W = -R u/‖u‖_F
-    at any η, which no warm-up softens. Where u or the step is zero or not finite, W stays as it is.
+    N(0, 1/d_in), and its norm grows to this by its updates, each of which is at most ηR. (Its norm
+    at once would be W = -R u/‖u‖_F after the first update, at any η.) Where u or the step is zero
+    or not finite, W stays as it is.
 
     Args:
       inner: a direction without learning rate, such as `scale_by_muon` or a chain of several.
@@ -118,11 +119,14 @@ def _radius(layout: MatrixLayout, w: jax.Array) -> jax.Array:
 
 
 def _move(layout: MatrixLayout, radius: jax.Array, w: jax.Array, step: jax.Array) -> jax.Array:
-    """From w to the point of the sphere that w + step is above; zero where there is none."""
+    """From w to the point of its sphere that w + step is above; zero where there is none."""
     axes = layout.in_axes + layout.out_axes
     at, step = w.astype(jnp.float32), step.astype(jnp.float32)
     length = frobenius_norm(layout, at + step)
     moved = jnp.isfinite(length) & (length > 0) & jnp.any(step != 0, axis=axes, keepdims=True)
-    ratio = jnp.where(moved, radius / length, 1.0)
+    # What began at zero grows until it has its radius, but for rounding, and never shrinks.
+    norm = frobenius_norm(layout, at)
+    held = jnp.where(norm < 0.99 * radius, jnp.clip(length, norm, radius), radius)
+    ratio = jnp.where(moved, held / length, 1.0)
     # Not the difference of two matrices, in which a small step would drown.
     return jnp.where(moved, (ratio - 1) * at + ratio * step, 0.0).astype(w.dtype)

@@ -113,13 +113,20 @@ def test_small_steps_are_accurate():
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
-def test_a_matrix_of_zeros_gets_the_norm_of_a_random_one(shape):
-    w, gradients = np.stack([np.zeros(shape, np.float32), normal(*shape)]), normal(3, 2, *shape)
-    got, state = train(sgd_h(weight_dimension_numbers=STACKED), w, gradients)
+def test_a_matrix_of_zeros_grows_to_the_norm_of_a_random_one(shape):
+    steps, rate = 12, 0.3
+    w, gradients = np.stack([np.zeros(shape, np.float32), normal(*shape)]), normal(2, *shape)
+    # The same at every step, so that the norm grows by as much as it may.
+    got, state = train(sgd_h(rate, weight_dimension_numbers=STACKED), w, [gradients] * steps)
     root = np.sqrt(shape[1])
     np.testing.assert_allclose(np.ravel(state.radius), [root, norms(w[1])], rtol=1e-6)
-    np.testing.assert_allclose(norms(got)[:, 0], root, rtol=1e-5)
-    np.testing.assert_allclose(got[0][0], -root * gradients[0, 0] / norms(gradients[0, 0]), 1e-5)
+    grown = np.minimum(rate * np.arange(1, steps + 1), 1) * root
+    np.testing.assert_allclose(norms(got)[:, 0], grown, rtol=1e-5)
+    np.testing.assert_allclose(norms(got)[:, 1], norms(w[1]), rtol=1e-5)
+    np.testing.assert_allclose(got[0][0], -rate * root * gradients[0] / norms(gradients[0]), 1e-5)
+    # A step back does not shrink it.
+    back, _ = train(sgd_h(rate, weight_dimension_numbers=STACKED), w, [gradients, -gradients])
+    np.testing.assert_allclose(norms(back)[:, 0], rate * root, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, -np.inf])
