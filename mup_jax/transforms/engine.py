@@ -1,5 +1,6 @@
 """The engine: an optimizer of one block, on all blocks of all matrices of a tree."""
 
+import collections
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -80,12 +81,16 @@ class _Piece:
     @cached_property
     def kind(self) -> tuple[Any, ...]:
         """Equal for blocks that one call of the rule's functions can take together."""
-        return self.shape, self.plan.on, self.plan.names(*self.plan.parted)
+        return self.shape, self.block.shape, self.plan.on, self.plan.names(*self.plan.parted)
 
     @property
     def block(self) -> Block:
         over_parts = lambda reduction: lambda x: self.plan.reduce(reduction, x, *self.plan.parted)
-        return Block(self.plan.on, over_parts(jax.lax.psum), over_parts(jax.lax.pmax))
+        sizes = list(self.shape)
+        for axis in self.plan.parted:
+            sizes[axis - 1] = self.plan.shape[axis]
+        shape = (sizes[0], sizes[1])
+        return Block(shape, self.plan.on, over_parts(jax.lax.psum), over_parts(jax.lax.pmax))
 
     @cached_property
     def block_rule(self) -> BlockRule:
@@ -280,29 +285,34 @@ class _Engine:
     ) -> Groups:
         """Refreshes the blocks that are due; those of a kind together, whatever group has them."""
         kinds: dict[Any, list[tuple[str, int]]] = {}
+        positions: dict[tuple[str, int], Positions] = {}
+        numbers: collections.Counter[Any] = collections.Counter()
         for key, several in pieces.items():
             for i, piece in enumerate(several):
                 if piece.is_refreshed:
                     kinds.setdefault(piece.kind, []).append((key, i))
+                    # Among all blocks of that size, on whatever devices: equal on every mesh.
+                    size = piece.block.shape, piece.plan.on
+                    positions[key, i] = Positions.of(piece.grid, piece.plan, numbers[size])
+                    numbers[size] += positions[key, i].number
         blocks = {key: list(several) for key, several in blocks.items()}
         rounds: jax.Array | int = 0
         for places in kinds.values():
             flat = lambda x: x.reshape(-1, *x.shape[3:])
-            states, first, turn, positions = [], [], [], []
-            blocks_before = 0
+            states, first, turn = [], [], []
             for key, i in places:
-                piece, (state, started) = pieces[key][i], blocks[key][i]
-                positions.append(Positions.of(piece.grid, piece.plan, blocks_before))
-                blocks_before += positions[-1].number
+                state, started = blocks[key][i]
                 able = flat(started & healthy[key][:, None, None])
                 # The first gradient that is neither zero nor bad may come late.
                 late = ~flat(before[key][i].started)
                 states.append(jax.tree.map(flat, state))
                 first.append(able & (late | self.schedule.is_early(steps_before)))
-                turn.append(able & self.schedule.in_turn(positions[-1], steps_before) & ~first[-1])
+                in_turn = self.schedule.in_turn(positions[key, i], steps_before)
+                turn.append(able & in_turn & ~first[-1])
             rule = pieces[places[0][0]][places[0][1]].block_rule
+            most = self.schedule.most_in_turn([positions[place] for place in places])
             states, rounds = self._refresh_kind(
-                rule, states, first, turn, positions, steps_before + 1, rounds
+                rule, states, first, turn, most, steps_before + 1, rounds
             )
             for (key, i), state in zip(places, states, strict=True):
                 old = blocks[key][i]
@@ -316,7 +326,7 @@ class _Engine:
         states: list[Any],
         first: list[jax.Array],
         turn: list[jax.Array],
-        positions: list[Positions],
+        most_in_turn: int,
         step: jax.Array,
         rounds: jax.Array | int,
     ) -> tuple[list[Any], jax.Array]:
@@ -339,8 +349,7 @@ class _Engine:
         if frequency == 1 and rule.first_refresh is None:
             return loop(rule.refresh, [a | b for a, b in zip(first, turn, strict=True)], limit, 1)
         states, rounds = loop(rule.first_refresh or rule.refresh, first, limit, 0)
-        most = self.schedule.most_in_turn(positions)
-        return loop(rule.refresh, turn, most, 1 / frequency)
+        return loop(rule.refresh, turn, most_in_turn, 1 / frequency)
 
 
 def scale_by_blocks(

@@ -60,12 +60,14 @@ class Block:
     """What a rule may have to know of its blocks beyond their gradients.
 
     Attributes:
+      shape: of the whole block, of which a device may have a part.
       sides: whether in side and out side are to be preconditioned.
       sum_over_parts: sums an array over the devices that hold parts of one block. A side that is
         not preconditioned may be divided at any place, as that of a vocabulary is.
       max_over_parts: likewise the maximum.
     """
 
+    shape: tuple[int, int]
     sides: tuple[bool, bool] = (True, True)
     sum_over_parts: Callable[[jax.Array], jax.Array] = _itself
     max_over_parts: Callable[[jax.Array], jax.Array] = _itself

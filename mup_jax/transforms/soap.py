@@ -47,8 +47,53 @@ class SoapState(NamedTuple):
     bases: Factors
 
 
-def _squared_rotation(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.square(matmul(old.mT.astype(jnp.float32), new.astype(jnp.float32)))
+def carry(nu: jax.Array, old: Factors, new: Factors) -> jax.Array:
+    """The second moment V in new bases: (S_in∘S_in)ᵀ V (S_out∘S_out) with S = Q_oldᵀ Q_new.
+
+    It is exact for a gradient whose rotated entries are uncorrelated. A permutation of a basis
+    carries V along with its directions, so eigenvalues may swap order.
+    """
+
+    def squared_rotation(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.square(matmul(old.mT.astype(jnp.float32), new.astype(jnp.float32)))
+
+    return multiply_sides(jax.tree.map(squared_rotation, old, new), nu)
+
+
+def adam_in_bases(
+    gradient: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    bases: Factors,
+    step: jax.Array,
+    block: Block,
+    b1: float,
+    b2: float,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """SOAP's update of a block, and its new moments."""
+    mu = ema(mu, gradient, b1)
+    is_first = block.max_over_parts(jnp.max(nu)) == 0
+
+    def rotate(x: jax.Array) -> jax.Array:
+        """Qᵀ X Q.
+
+        At a block's first gradient both bases come from it alone, and make it diagonal. What
+        rounding leaves beside it would be divided by its own size and come out as ±1.
+        """
+        rotated = multiply_sides(bases, x)
+        if not all(block.sides):
+            return rotated
+        return jnp.where(is_first, rotated * identity(2, *x.shape), rotated)
+
+    nu = ema(nu, jnp.square(rotate(gradient)), b2)
+    size = jnp.sqrt(nu)
+    # Directions without a gradient have V of rounding noise, or exactly zero.
+    noise = ROUNDING * block.max_over_parts(jnp.max(size))
+    adam = rotate(mu) / jnp.maximum(size + eps, jnp.maximum(noise, FLOOR))
+    update = multiply_sides(jax.tree.map(lambda q: q.mT, bases), adam)
+    correction = jnp.sqrt(bias_correction(b2, step)) / bias_correction(b1, step)
+    return update * correction, mu, nu
 
 
 def scale_by_soap(
@@ -132,50 +177,24 @@ def scale_by_soap(
             return state._replace(statistics=jax.tree.map(average, state.statistics, grams))
 
         def refresh_by(find: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
-            """V <- (S_in∘S_in)ᵀ V (S_out∘S_out) with S = Q_oldᵀ Q_new takes V along.
-
-            It is exact for a gradient whose rotated entries are uncorrelated. A permutation of the
-            basis carries V along with its directions, so eigenvalues may swap order.
-            """
+            def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
+                new = find(unpack(statistic), previous.astype(jnp.float32))
+                return new.astype(previous.dtype)
 
             def refresh(state: SoapState, step: jax.Array) -> SoapState:
                 del step
-
-                def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
-                    new = find(unpack(statistic), previous.astype(jnp.float32))
-                    return new.astype(previous.dtype)
-
                 bases = map_factors(basis, state.statistics, state.bases)
-                rotations = jax.tree.map(_squared_rotation, state.bases, bases)
-                return state._replace(bases=bases, nu=multiply_sides(rotations, state.nu))
+                return state._replace(bases=bases, nu=carry(state.nu, state.bases, bases))
 
             return refresh
 
         def direction(
             gradient: jax.Array, state: SoapState, step: jax.Array
         ) -> tuple[jax.Array, SoapState]:
-            mu = ema(state.mu, gradient, b1)
-            is_first = block.max_over_parts(jnp.max(state.nu)) == 0
-
-            def rotate(x: jax.Array) -> jax.Array:
-                """Qᵀ X Q.
-
-                At a block's first gradient both bases come from it alone, and make it diagonal.
-                What rounding leaves beside it would be divided by its own size and come out as ±1.
-                """
-                rotated = multiply_sides(state.bases, x)
-                if not all(block.sides):
-                    return rotated
-                return jnp.where(is_first, rotated * identity(2, *x.shape), rotated)
-
-            nu = ema(state.nu, jnp.square(rotate(gradient)), b2)
-            size = jnp.sqrt(nu)
-            # Directions without a gradient have V of rounding noise, or exactly zero.
-            noise = ROUNDING * block.max_over_parts(jnp.max(size))
-            adam = rotate(mu) / jnp.maximum(size + eps, jnp.maximum(noise, FLOOR))
-            update = multiply_sides(jax.tree.map(lambda q: q.mT, state.bases), adam)
-            correction = jnp.sqrt(bias_correction(b2, step)) / bias_correction(b1, step)
-            return update * correction, state._replace(mu=mu, nu=nu)
+            update, mu, nu = adam_in_bases(
+                gradient, state.mu, state.nu, state.bases, step, block, b1, b2, eps
+            )
+            return update, state._replace(mu=mu, nu=nu)
 
         return BlockRule(
             init,

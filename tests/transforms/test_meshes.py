@@ -34,6 +34,12 @@ TRANSFORMATIONS = {
         mup_jax.scale_by_soap, block_size=BLOCK, sides="out", **SCHEDULE
     ),
     "adamuon": mup_jax.scale_by_adamuon,
+    "kl_soap_one_side": functools.partial(
+        mup_jax.scale_by_kl_soap, block_size=BLOCK, sides="out", **SCHEDULE
+    ),
+    "kl_shampoo_one_side": functools.partial(
+        mup_jax.scale_by_kl_shampoo, block_size=BLOCK, sides="in", **SCHEDULE
+    ),
     "graft": lambda weight_dimension_numbers: mup_jax.graft(
         optax.scale_by_adam(),
         mup_jax.scale_by_shampoo(
@@ -93,6 +99,7 @@ def put(tree, leaves, mesh):
 SLOW = [
     ("shampoo", "Explicit"), ("soap", "Explicit"), ("soap_blocks", "Explicit"),
     ("soap_one_side", "Explicit"), ("graft", "Explicit"), ("adamuon", "Explicit"),
+    ("kl_soap_one_side", "Explicit"),
     *((name, "Auto") for name in TRANSFORMATIONS if name != "muon"),
 ]  # fmt: skip
 

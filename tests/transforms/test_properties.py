@@ -51,6 +51,12 @@ def normalized(weight_dimension_numbers=None, **options):
     return optax.chain(direction, mup_jax.normalize_spectral_norm(**numbers))
 
 
+def orthogonalized(weight_dimension_numbers=None, **options):
+    numbers = {"weight_dimension_numbers": weight_dimension_numbers}
+    direction = mup_jax.scale_by_soap(**numbers, **options)
+    return optax.chain(direction, mup_jax.orthogonalize_updates(**numbers))
+
+
 muon = mup_jax.scale_by_muon
 # A new transformation of matrices is tested by an entry here. Sophia-G, to which a matrix is an
 # array as any other, has tests of its own.
@@ -64,13 +70,21 @@ TRANSFORMATIONS = {
     "soap": mup_jax.scale_by_soap,
     "graft_adam_shampoo": grafted,
     "normalized_soap": normalized,
+    "normuon": mup_jax.scale_by_normuon,
+    "kl_shampoo": mup_jax.scale_by_kl_shampoo,
+    "kl_soap": mup_jax.scale_by_kl_soap,
+    "orthogonalized_soap": orthogonalized,
 }
 # One of each kind, where the orthogonalizer makes no difference.
 KINDS = [name for name in TRANSFORMATIONS if not name.startswith("muon_")]
 # Those that divide entry by entry do not rotate with the gradient, and a power iteration begins
 # somewhere.
-ENTRYWISE = ("adamuon", "graft_adam_shampoo")
+ENTRYWISE = ("adamuon", "graft_adam_shampoo", "normuon")
 NOT_SYMMETRIC = ("normalized_soap",)
+# The in side is not to NorMuon what the out side is.
+NOT_TRANSPOSED = ("normuon",)
+# Those that make of one direction several, by entries or out of rounding noise.
+NOT_OF_RANK_ONE = ("adamuon", "normuon", "orthogonalized_soap")
 
 
 def make(name, staggered=False, **options):
@@ -194,7 +208,8 @@ def test_symmetries_of_whole_matrices(name):
     plain = got[:, 0]
     if name not in ENTRYWISE:
         assert_close(got[:, 1], u @ plain @ v)
-    assert_close(got[:, 2], plain.swapaxes(1, 2))
+    if name not in NOT_TRANSPOSED:
+        assert_close(got[:, 2], plain.swapaxes(1, 2))
     assert_close(got[:, 3], plain[:, p][:, :, q])
 
 
@@ -275,7 +290,7 @@ def test_zero_gradients_give_zero_updates(name):
 
 
 @on_cpu_and_tpu
-@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "adamuon"])
+@pytest.mark.parametrize("name", [x for x in TRANSFORMATIONS if x not in NOT_OF_RANK_ONE])
 def test_rank_one_gradients(name):
     gradients = np.repeat(normal(1, K, N, 1) * normal(1, K, 1, N), 4, axis=0)
     updates, _ = run_leaves(name, gradients)

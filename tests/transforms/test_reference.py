@@ -107,6 +107,40 @@ CASES = {
         lambda: reference.Soap(sides="out", refresh=reference.every(2), block_size=8),
         (24, 16),
     ),
+    "normuon": (
+        lambda: mup_jax.scale_by_normuon(b2=0.9, orthogonalizer="newton_schulz"),
+        lambda: reference.NorMuon(b2=0.9),
+        (12, 20),
+    ),
+    # The bases of gradients of less rank are not determined by them.
+    "kl_shampoo": (
+        lambda: mup_jax.scale_by_kl_shampoo(
+            eps=1e-3, block_size=None, exact_steps=1, **EVERY_THIRD
+        ),
+        lambda: reference.KLShampoo(
+            eps=1e-3, exact=reference.early(1, 1), refresh=reference.every(3)
+        ),
+        (16, 16),
+    ),
+    "kl_shampoo_exact": (
+        lambda: mup_jax.scale_by_kl_shampoo(eps=1e-3, exact_steps=20, precondition_frequency=1),
+        lambda: reference.KLShampoo(eps=1e-3),
+        (16, 16),
+    ),
+    "kl_shampoo_one_sided": (
+        lambda: mup_jax.scale_by_kl_shampoo(
+            eps=1e-3, exact_steps=1, precondition_frequency=1, max_preconditioner_dim=15
+        ),
+        lambda: reference.KLShampoo(eps=1e-3, exact=reference.early(1, 1), sides="out"),
+        (20, 12),
+    ),
+    "kl_soap": (
+        lambda: mup_jax.scale_by_kl_soap(
+            eps=0.3, factor_eps=1e-3, block_size=None, exact_steps=1, **EVERY_THIRD
+        ),
+        lambda: reference.KLSoap(eps=0.3, factor_eps=1e-3, refresh=reference.every(3)),
+        (16, 16),
+    ),
     "graft_adam_shampoo": (
         lambda: mup_jax.graft(
             optax.scale_by_adam(0.9, 0.98),
