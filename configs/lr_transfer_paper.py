@@ -27,7 +27,7 @@ RATES = {
 NORMALIZED_RATES = {"Shampoo": 0.08, "#Shampoo²": 0.32, "SOAP": 0.2, "AdaMuon": 0.1}
 _MOMENTS = {"b1": 0.9, "b2": 0.95}
 _EVERY_STEP = {"precondition_frequency": 1}
-_JORDAN = {"orthogonalizer": "newton_schulz", "steps": 5}
+_JORDAN = {"orthogonalizer": "newton_schulz", "ns_steps": 5}
 OPTIONS = {
     "muon": {**_JORDAN, "adam_b1": 0.9, "adam_b2": 0.95},
     "adamuon": {**_JORDAN, **_MOMENTS},

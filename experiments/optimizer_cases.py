@@ -68,7 +68,7 @@ def optimizer_cases(block_size: int) -> dict[str, Case]:
     def normalized(**numbers: Any) -> optax.GradientTransformation:
         return optax.chain(soap()(**numbers), mup_jax.normalize_spectral_norm(**numbers))
 
-    five = {"orthogonalizer": "newton_schulz", "steps": 5}
+    five = {"orthogonalizer": "newton_schulz", "ns_steps": 5}
     low = {"preconditioner_dtype": jnp.bfloat16}
     at_once = {"stagger": False}
     return {

@@ -311,7 +311,7 @@ def test_shampoo_without_grafting(options):
 
 
 def test_epsilon_of_the_direction_can_be_the_same_at_every_size():
-    one_step = {"orthogonalizer": "newton_schulz", "steps": 1}
+    one_step = {"orthogonalizer": "newton_schulz", "ns_steps": 1}
     make = functools.partial(mup_jax.muon, 0.1, shapes=SHAPES, eps=10.0, **one_step)
     scaled, constant = (step_once(make(scale_epsilon=on))["hidden"] for on in (True, False))
     for got, eps in ((scaled, 10 * rules.muon().epsilon(SHAPES["hidden"])), (constant, 10.0)):

@@ -29,7 +29,7 @@ _OPTIMIZERS: dict[str, tuple[float, dict[str, Any], int]] = {
     _GRADIENT: (4e-3, {}, 40),
     "muon": (
         8e-3,
-        {"orthogonalizer": "newton_schulz", "steps": 5, "eps": 1e-5, "adam_eps": 1e-15},
+        {"orthogonalizer": "newton_schulz", "ns_steps": 5, "eps": 1e-5, "adam_eps": 1e-15},
         60,
     ),
     "shampoo": (2e-3, {}, 80),

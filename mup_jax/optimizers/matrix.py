@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mup_jax.optimizers.assembly import (
@@ -135,7 +136,7 @@ def adamuon(
     nesterov: bool = True,
     muon_eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
-    steps: int | None = None,
+    ns_steps: int | None = None,
     hidden_only: bool = True,
     spectral_norm: bool = False,
     adam_b1: float = 0.8,
@@ -151,7 +152,7 @@ def adamuon(
     Args:
       learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
         learning_rate_scaling, weight_decay_scaling: as in `adamw`.
-      b1, b2, eps, nesterov, muon_eps, orthogonalizer, steps, weight_dimension_numbers: as in
+      b1, b2, eps, nesterov, muon_eps, orthogonalizer, ns_steps, weight_dimension_numbers: as in
         `scale_by_adamuon`.
       hidden_only, spectral_norm, adam_b1, adam_b2, adam_eps: as in `muon`.
       scale_epsilon: as in `adamw`, of Adam; `eps` and `muon_eps` are the same at every size.
@@ -169,7 +170,7 @@ def adamuon(
         nesterov=nesterov,
         muon_eps=muon_eps,
         orthogonalizer=orthogonalizer,
-        steps=steps,
+        ns_steps=ns_steps,
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return matrix_optimizer(
@@ -203,7 +204,9 @@ def muon(
     nesterov: bool = True,
     eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
-    steps: int | None = None,
+    ns_steps: int | None = None,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    mu_dtype: jax.typing.DTypeLike = jnp.float32,
     variant: QiuOrRmsMatching = "qiu",
     hidden_only: bool = True,
     spectral_norm: bool = False,
@@ -220,7 +223,8 @@ def muon(
     Args:
       learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
         learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
-      beta, nesterov, eps, orthogonalizer, steps, weight_dimension_numbers: as in `scale_by_muon`.
+      beta, nesterov, eps, orthogonalizer, ns_steps, compute_dtype, mu_dtype,
+        weight_dimension_numbers: as in `scale_by_muon`.
       variant: of `rules.muon`.
       hidden_only: whether embedding and readout are left to Adam ("Muon-Adam" of Qiu et al.), for
         which it needs `shapes`; otherwise they take the direction too ("Muon"), and vectors alone
@@ -242,7 +246,9 @@ def muon(
         nesterov=nesterov,
         eps=eps,
         orthogonalizer=orthogonalizer,
-        steps=steps,
+        ns_steps=ns_steps,
+        compute_dtype=compute_dtype,
+        mu_dtype=mu_dtype,
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return matrix_optimizer(

@@ -29,7 +29,7 @@ def scale_by_adamuon(
     nesterov: bool = True,
     muon_eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
-    steps: int | None = None,
+    ns_steps: int | None = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides Muon's direction O by the root of its second moment, entry by entry (AdaMuon).
@@ -45,10 +45,10 @@ def scale_by_adamuon(
       b1: decay of the momentum that Muon orthogonalizes.
       b2: decay of the second moment.
       eps: in units of O, whose entries are about (d_in·d_out)^(-½); above 0.
-      nesterov: as in `scale_by_muon`; so are orthogonalizer, steps and weight_dimension_numbers.
+      nesterov: as in `scale_by_muon`; so are orthogonalizer, ns_steps and weight_dimension_numbers.
       muon_eps: ε of Muon, in units of the gradient.
       orthogonalizer: see nesterov.
-      steps: see nesterov.
+      ns_steps: see nesterov.
       weight_dimension_numbers: see nesterov.
 
     Returns:
@@ -61,7 +61,7 @@ def scale_by_adamuon(
       Si et al., `AdaMuon <https://arxiv.org/abs/2507.11005>`_, 2025; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
-    check_orthogonalizer(orthogonalizer, steps)
+    check_orthogonalizer(orthogonalizer, ns_steps)
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps, muon_eps=muon_eps)
 
@@ -73,7 +73,7 @@ def scale_by_adamuon(
     ) -> tuple[jax.Array, AdaMuonState]:
         mu = ema(state.mu, gradient, b1)
         ahead = ema(mu, gradient, b1) if nesterov else mu
-        polar = orthogonalize(ahead, orthogonalizer, steps=steps, eps=muon_eps)
+        polar = orthogonalize(ahead, orthogonalizer, ns_steps=ns_steps, eps=muon_eps)
         nu = ema(state.nu, jnp.square(polar), b2)
         size = jnp.sqrt(nu / bias_correction(b2, step))
         return polar / (size + eps), AdaMuonState(mu, nu)

@@ -36,8 +36,10 @@ def scale_by_muon(
     nesterov: bool = True,
     eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
-    steps: int | None = None,
+    ns_steps: int | None = None,
     gram_form: bool | None = None,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    mu_dtype: jax.typing.DTypeLike = jnp.float32,
     shape_factor: ShapeFactor = "none",
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,9 +72,16 @@ def scale_by_muon(
       eps: added to the Frobenius norm of M', in units of the gradient.
       orthogonalizer: "tuned" (quintics fitted to six steps, or to five), "polar_express" (Amsel et
         al. 2025), "newton_schulz" (Jordan's coefficients) or "svd" (exact).
-      steps: iterations of all but "svd"; None for the method's own, six of "tuned", five of others.
+      ns_steps: iterations of all but "svd"; None for the method's own, six of "tuned", five of
+        others.
       gram_form: whether to iterate on Gram matrices: less work for long matrices, but in full
         float32. None: on CPUs, where it is less work.
+      compute_dtype: of the iterations: bfloat16 for half the memory of their products and, on
+        accelerators, the fastest units. With "tuned" the update is within 0.05 of the polar factor
+        (relative to its norm) for momenta of condition 100. `mup_jax.transforms.linalg` says why
+        float32 is the default on all platforms.
+      mu_dtype: in which M is stored. In bfloat16, with β = 0.95, it and the update are within 0.01
+        of float32's after 100 steps.
       shape_factor: see above.
       weight_dimension_numbers: None for `(d_in, d_out)` leaves, or
         `optax.contrib.MuonDimensionNumbers` for all leaves, a tree of them, or a function of the
@@ -88,23 +97,31 @@ def scale_by_muon(
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
-    check_orthogonalizer(orthogonalizer, steps)
+    check_orthogonalizer(orthogonalizer, ns_steps)
     check_decays(beta=beta)
     check_not_negative(eps=eps)
     if shape_factor not in SHAPE_FACTORS:
         raise ValueError(f"shape_factor={shape_factor!r}: choose from {', '.join(SHAPE_FACTORS)}")
 
     def init(shape: tuple[int, int]) -> MuonState:
-        return MuonState(jnp.zeros(shape, jnp.float32))
+        return MuonState(jnp.zeros(shape, mu_dtype))
 
     def direction(
         gradient: jax.Array, state: MuonState, step: jax.Array
     ) -> tuple[jax.Array, MuonState]:
         del step
-        mu = ema(state.mu, gradient, beta)
+        mu = ema(state.mu.astype(jnp.float32), gradient, beta)
         ahead = ema(mu, gradient, beta) if nesterov else mu
-        polar = orthogonalize(ahead, orthogonalizer, steps=steps, eps=eps, gram_form=gram_form)
-        return SHAPE_FACTORS[shape_factor](*gradient.shape) * polar, MuonState(mu)
+        polar = orthogonalize(
+            ahead,
+            orthogonalizer,
+            ns_steps=ns_steps,
+            eps=eps,
+            gram_form=gram_form,
+            compute_dtype=compute_dtype,
+        )
+        update = SHAPE_FACTORS[shape_factor](*gradient.shape) * polar
+        return update, MuonState(mu.astype(mu_dtype))
 
     return scale_by_blocks(
         BlockRule(init, direction), weight_dimension_numbers=weight_dimension_numbers

@@ -50,7 +50,7 @@ def scale_by_normuon(
       nesterov: as in `scale_by_muon`; so are orthogonalizer and weight_dimension_numbers.
       muon_eps: ε of Muon, in units of the gradient.
       orthogonalizer: see nesterov.
-      ns_steps: the `steps` of `scale_by_muon`.
+      ns_steps: as in `scale_by_muon`.
       weight_dimension_numbers: see nesterov.
 
     Returns:
@@ -82,7 +82,7 @@ def scale_by_normuon(
         del step
         mu = ema(state.mu, gradient, b1)
         ahead = ema(mu, gradient, b1) if nesterov else mu
-        polar = orthogonalize(ahead, orthogonalizer, steps=ns_steps, eps=muon_eps)
+        polar = orthogonalize(ahead, orthogonalizer, ns_steps=ns_steps, eps=muon_eps)
         nu = ema(state.nu, jnp.mean(jnp.square(polar), axis=0, keepdims=True), b2)
         normalized = polar / jnp.maximum(jnp.sqrt(nu) + eps, FLOOR)
         ratio = jnp.linalg.norm(polar) / jnp.maximum(jnp.linalg.norm(normalized), FLOOR)

@@ -29,7 +29,7 @@ def orthogonalize_updates(
     Args:
       eps: added to the Frobenius norm of the update, in its units.
       orthogonalizer: as in `scale_by_muon`; so are gram_form and weight_dimension_numbers.
-      ns_steps: the `steps` of `scale_by_muon`.
+      ns_steps: as in `scale_by_muon`.
       gram_form: see orthogonalizer.
       weight_dimension_numbers: see orthogonalizer.
 
@@ -56,7 +56,9 @@ def orthogonalize_updates(
 
     def direction(update: jax.Array, state: Any, step: jax.Array) -> tuple[jax.Array, Any]:
         del step
-        polar = orthogonalize(update, orthogonalizer, steps=ns_steps, eps=eps, gram_form=gram_form)
+        polar = orthogonalize(
+            update, orthogonalizer, ns_steps=ns_steps, eps=eps, gram_form=gram_form
+        )
         return polar, state
 
     return scale_by_blocks(

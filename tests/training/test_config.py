@@ -69,7 +69,7 @@ def test_valid(name):
             r"adamw\.options\.learning_rate: did you mean .learning_rate_scaling.",
         ),
         (
-            changed(optimizer__name="muon", optimizer__options=ConfigDict({"steps": 0})),
+            changed(optimizer__name="muon", optimizer__options=ConfigDict({"ns_steps": 0})),
             r"muon\.options: steps=0",
         ),
         (changed(model__width=20), "width=20 is not a multiple of head_dim=8: choose width 16 or"),

@@ -99,7 +99,7 @@ def muon_flops(m, n, steps=5):
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
 def test_muon_of_one_matrix(shape):
-    optimizer = mup_jax.scale_by_muon(orthogonalizer="newton_schulz", steps=5, gram_form=False)
+    optimizer = mup_jax.scale_by_muon(orthogonalizer="newton_schulz", ns_steps=5, gram_form=False)
     matrix = {"w": abstract(*shape)}
     state = jax.eval_shape(optimizer.init, matrix)
     assert count_flops(optimizer.update, matrix, state) == muon_flops(*shape)
@@ -115,7 +115,7 @@ def gram_form_flops(m, n, steps=5):
 def test_muon_of_stacked_layers_in_gram_form():
     numbers = MuonDimensionNumbers(-2, -1)
     optimizer = mup_jax.scale_by_muon(
-        weight_dimension_numbers=numbers, orthogonalizer="polar_express", steps=3
+        weight_dimension_numbers=numbers, orthogonalizer="polar_express", ns_steps=3
     )
     matrix = {"w": abstract(7, 8, 24)}
     state = jax.eval_shape(optimizer.init, matrix)
@@ -124,7 +124,7 @@ def test_muon_of_stacked_layers_in_gram_form():
 
 def test_optimizer_flops_of_a_program():
     per_layer = 4 * muon_flops(16, 16) + 3 * gram_form_flops(16, 64)
-    options = {"orthogonalizer": "tuned", "steps": 5}
+    options = {"orthogonalizer": "tuned", "ns_steps": 5}
     program = program_of(1, optimizer__name="muon", optimizer__options=options)
     assert program.optimizer_flops == per_layer
     assert program_of(1).optimizer_flops == 0

@@ -48,7 +48,7 @@ def run(transformation, params=PARAMS):
 EPSILON_CASES = {
     "adam": (lambda eps: optax.scale_by_adam(0.9, 0.98, eps=eps), rules.adam(), 0.1),
     "muon": (
-        lambda eps: mup_jax.scale_by_muon(eps=eps, orthogonalizer="newton_schulz", steps=2),
+        lambda eps: mup_jax.scale_by_muon(eps=eps, orthogonalizer="newton_schulz", ns_steps=2),
         rules.muon(),
         0.5,
     ),
@@ -112,7 +112,7 @@ BLOCK_CASES = {name: (make(eps), rule) for name, (make, rule, eps) in EPSILON_CA
     "relative shampoo": (mup_jax.scale_by_shampoo(stagger=False), rules.shampoo()),
     "spectral muon": (
         optax.chain(
-            mup_jax.scale_by_muon(eps=0.5, orthogonalizer="newton_schulz", steps=2),
+            mup_jax.scale_by_muon(eps=0.5, orthogonalizer="newton_schulz", ns_steps=2),
             mup_jax.normalize_spectral_norm(),
         ),
         rules.spectrally_normalized(rules.muon()),

@@ -24,7 +24,7 @@ def run(transformation, gradients):
 
 
 def adamuon(**options):
-    return mup_jax.scale_by_adamuon(orthogonalizer="newton_schulz", steps=5, **options)
+    return mup_jax.scale_by_adamuon(orthogonalizer="newton_schulz", ns_steps=5, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"b1": 0.9, "b2": 0.7, "nesterov": False}, {"eps": 0.1}])
@@ -40,7 +40,7 @@ def test_agrees_with_float64_reference(options):
 
 def test_is_muon_before_the_second_moment_of_optax():
     gradients = [{"w": g, "v": g.T} for g in np.float32(GRADIENTS)]
-    muon = mup_jax.scale_by_muon(orthogonalizer="newton_schulz", steps=5)
+    muon = mup_jax.scale_by_muon(orthogonalizer="newton_schulz", ns_steps=5)
     rms = optax.scale_by_rms(0.95, eps_in_sqrt=False, bias_correction=True)
     want, _ = run(optax.chain(muon, rms), gradients)
     got, _ = run(adamuon(), gradients)

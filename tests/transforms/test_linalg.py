@@ -70,7 +70,7 @@ def polar_error(x, got):
 
 
 def orthogonalizer(method, steps=None, gram_form=None):
-    return compiled("cpu", orthogonalize, method=method, steps=steps, gram_form=gram_form)
+    return compiled("cpu", orthogonalize, method=method, ns_steps=steps, gram_form=gram_form)
 
 
 # Error bounds for κ = 30.
@@ -179,7 +179,7 @@ def test_gram_form_is_as_accurate_as_the_plain_form(method, steps):
 )
 def test_gram_form_is_taken_where_it_has_fewer_operations(path, shape, products):
     with use_paths_of(path):
-        program = jax.make_jaxpr(lambda x: orthogonalize(x, "tuned", steps=5))(jnp.zeros(shape))
+        program = jax.make_jaxpr(lambda x: orthogonalize(x, "tuned", ns_steps=5))(jnp.zeros(shape))
     assert str(program).count("dot_general[") == products
 
 
@@ -194,16 +194,16 @@ def test_bfloat16_is_read_as_float32():
     ("arguments", "message"),
     [
         (("qr", None), "orthogonalizer='qr'.*'polar_express'"),
-        (("tuned", 0), "steps=0"),
-        (("tuned", 8), "steps=8: .* 5 and 6 .* 'polar_express'"),
-        (("newton_schulz", 0), "steps=0"),
+        (("tuned", 0), "ns_steps=0"),
+        (("tuned", 8), "ns_steps=8: .* 5 and 6 .* 'polar_express'"),
+        (("newton_schulz", 0), "ns_steps=0"),
     ],
 )
 def test_bad_orthogonalizers_are_refused(arguments, message):
     for check in (check_orthogonalizer, functools.partial(orthogonalize, jnp.eye(2))):
         method, steps = arguments
         with pytest.raises(ValueError, match=message):
-            check(method, steps=steps)
+            check(method, ns_steps=steps)
 
 
 # Inverse roots

@@ -391,8 +391,8 @@ def test_update_takes_extra_arguments(name):
     ("call", "message"),
     [
         (lambda: muon(orthogonalizer="qr"), "orthogonalizer='qr'"),
-        (lambda: muon(steps=0), "steps=0"),
-        (lambda: muon(orthogonalizer="polar_express", steps=0), "steps=0"),
+        (lambda: muon(ns_steps=0), "ns_steps=0"),
+        (lambda: muon(orthogonalizer="polar_express", ns_steps=0), "ns_steps=0"),
         (lambda: muon(shape_factor="kimi"), "shape_factor='kimi'"),
         (lambda: mup_jax.scale_by_shampoo(sides="left"), "sides='left'"),
         (lambda: mup_jax.scale_by_shampoo(block_size=0), "block_size=0"),

@@ -35,7 +35,7 @@ CASES = {
         (12, 20),
     ),
     "muon_polar_express": (
-        lambda: mup_jax.scale_by_muon(beta=0.9, orthogonalizer="polar_express", steps=8),
+        lambda: mup_jax.scale_by_muon(beta=0.9, orthogonalizer="polar_express", ns_steps=8),
         lambda: reference.Muon(beta=0.9, coefficients=quintic_coefficients("polar_express", 8)),
         (20, 12),
     ),

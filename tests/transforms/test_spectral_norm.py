@@ -47,7 +47,7 @@ def test_agrees_with_float64_reference():
     still = RNG.normal(size=(8, 12))
     gradients = [still + 0.2 * RNG.normal(size=still.shape) for _ in range(12)]
     transformation = optax.chain(
-        mup_jax.scale_by_muon(nesterov=False, orthogonalizer="newton_schulz", steps=5),
+        mup_jax.scale_by_muon(nesterov=False, orthogonalizer="newton_schulz", ns_steps=5),
         normalize_spectral_norm(iterations=2, first_iterations=4, first_steps=3),
     )
     got, _ = run(transformation, list(np.float32(gradients)))
