@@ -70,7 +70,7 @@ def test_valid(name):
         ),
         (
             changed(optimizer__name="muon", optimizer__options=ConfigDict({"ns_steps": 0})),
-            r"muon\.options: steps=0",
+            r"muon\.options: ns_steps=0",
         ),
         (changed(model__width=20), "width=20 is not a multiple of head_dim=8: choose width 16 or"),
         (changed(base__width=20), "width=20 is not a multiple of head_dim=8"),
