@@ -258,6 +258,22 @@ def test_what_cannot_be_added(folder, run_command, capsys, arguments, message):
 
 
 @pytest.mark.slow
+def test_an_optimizer_of_one_block_trains(folder, run_command, capsys):
+    """That of docs/design.md, which gets all layers at once."""
+    design = (ROOT / "docs" / "design.md").read_text()
+    (folder / "one_sided.py").write_text(re.search(r"```python\n(.*?)```", design, re.DOTALL)[1])
+    (folder / "tiny.py").write_text(TINY)
+    arguments = ["--config=tiny.py", "--config.optimizer.name=one_sided.py:make"]
+    arguments += ["--config.optimizer.learning_rate=0.1", "--workdir=run"]
+    entry_point = lambda: command.run(
+        train.main, config="tiny.py", workdir="unused", define_flags=train.define_flags
+    )
+    assert run_command(entry_point, *arguments) == 0, capsys.readouterr().err
+    curve = json.loads((folder / "run" / "result.json").read_text())["loss_curve"]
+    assert curve[-1][1] < curve[0][1] - 0.3
+
+
+@pytest.mark.slow
 def test_the_example_on_a_ladder(folder):
     (folder / "ladder.py").write_text(SMALL)
     command_line = [sys.executable, "-m", "experiments.scale_ladder", "--config=ladder.py"]
