@@ -161,6 +161,26 @@ def test_hyperball_follows_the_rank_of_updates(direction, examples, variant):
     assert derived.epsilon_exponents is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [8, None])
+@pytest.mark.parametrize("name", ["kl_shampoo", "kl_soap"])
+def test_measured_rules_of_kl_factors(name, block_size):
+    """Of blocks at all roles; of whole matrices at hidden ones, for which alone they are."""
+    options = {"block_size": block_size}
+    make, rule = getattr(mup_jax, f"scale_by_{name}"), getattr(rules, name)(**options)
+    derived = derive_rule(make(**options, precondition_frequency=1), widths=(64, 128, 256))
+    want = dict(zip(LAYERS, exponents_of(rule.learning_rate), strict=True))
+    for role in LAYERS if block_size else ["hidden"]:
+        assert derived.exponents[role] == pytest.approx(want[role], abs=0.1)
+    assert derived.homogeneity == pytest.approx(0, abs=0.01)
+
+
+def test_normuon_has_the_rule_of_muon():
+    derived = derive_rule(mup_jax.scale_by_normuon(), widths=(32, 64, 128))
+    got = [derived.exponents[role] for role in LAYERS]
+    assert got == pytest.approx(exponents_of(rules.normuon().learning_rate), abs=0.05)
+
+
 def with_rule(inner, rule, base_width=WIDTHS[0]):
     """`mup`, for whatever width the parameters have."""
     base = {r: jax.ShapeDtypeStruct(s, jnp.float32) for r, s in derive._sides(base_width).items()}
