@@ -55,7 +55,7 @@ def state_by_parameter(
         for a parameter that is no matrix of the state.
 
     Returns:
-      The state. Under a mesh, no array is divided along the stack axes of a parameter.
+      The state. On a mesh its arrays may be divided along other axes than those of `state`.
 
     Raises:
       ValueError: the parameters, their dimension numbers or the optimizer do not fit the state.
@@ -82,10 +82,9 @@ def state_from_parameters(
 ) -> PyTree:
     """The state of an optimizer, of a state parameter by parameter.
 
-    The parameters need not be those of that state. What they have in common keeps its state, a new
-    parameter gets what `optimizer.init` gives it, and what is no parameter any more is dropped. All
-    are found by the paths of their names. Counts stay, so that a new parameter has the correction
-    for bias, and the turn of its refreshes, of the others.
+    The parameters need not be those of that state: one that is in both, by its path, keeps its
+    state, a new one gets what `optimizer.init` gives it, and one that is gone is dropped. Counts of
+    steps stay, so that averages of a new parameter are corrected for bias as those of the others.
 
     Args:
       by_parameter: from `state_by_parameter`.
@@ -96,8 +95,8 @@ def state_from_parameters(
       The state, in the shardings in which `optimizer.init` gives it.
 
     Raises:
-      ValueError: the state of a parameter has other shapes than that parameter needs, or is that of
-        another optimizer.
+      ValueError: the state of a parameter has not the shapes that the parameter needs, or
+        `by_parameter` is of another optimizer.
 
     Example:
       A parameter more; and two layers more, which begin with copies of the states of the last two:
@@ -106,7 +105,7 @@ def state_from_parameters(
       >>> from optax.contrib import MuonDimensionNumbers
       >>> numbers = {"layers": MuonDimensionNumbers(-2, -1), "head": MuonDimensionNumbers(0, 1)}
       >>> params = {"layers": jnp.ones((4, 8, 8))}
-      >>> optimizer = mup_jax.scale_by_soap(weight_dimension_numbers=numbers)
+      >>> optimizer = mup_jax.scale_by_muon(weight_dimension_numbers=numbers)
       >>> state = optimizer.init(params)
 
       >>> kept = mup_jax.state_by_parameter(state, params, optimizer)
@@ -172,16 +171,14 @@ def _find_members(blocks: Groups, params: PyTree, numbers: WeightDimensionNumber
 
 def _merge(by_parameter: PyTree, fresh: PyTree, params: PyTree) -> PyTree:
     """`fresh`, with what `by_parameter` has in its place."""
-    for x in filter(_is_state, jax.tree.leaves(by_parameter, is_leaf=_is_state)):
-        if isinstance(x.blocks, dict) and any(
-            re.fullmatch(r"\d+(x\d+)+", str(k)) for k in x.blocks
-        ):
-            raise ValueError(
-                f"by_parameter has blocks by matrix shape ({', '.join(map(str, x.blocks))}): give "
-                "what state_by_parameter makes of it"
-            )
     entries = jax.tree.leaves_with_path(by_parameter, is_leaf=_is_entry)
     known = {jax.tree_util.keystr(path): entry for path, entry in entries}
+    for place in known:
+        if re.search(r"\.blocks\['\d+(x\d+)+'\]", place):
+            raise ValueError(
+                f"by_parameter has a group of matrices at {place}: give what state_by_parameter "
+                "makes of the state"
+            )
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
 
     def choose(path: Any, new: Any) -> Any:
@@ -217,9 +214,9 @@ def _check_alike(place: str, given: Any, wanted: Any) -> None:
 
 
 def _with_whole_stack(x: jax.Array) -> jax.Array:
-    """`x` with mesh axes that its type shows along the first axis along another, or nowhere.
+    """`x` with the explicit mesh axes along its first axis along another, or nowhere.
 
-    What is divided there cannot be divided among leaves, as far as axes are explicit.
+    JAX lets no array be cut along an axis that they divide.
     """
     sharding = jax.typeof(x).sharding
     names, *rest = sharding.spec or (None,)
@@ -237,6 +234,5 @@ def _placed(x: Any, like: Any) -> jax.Array:
     if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
         sharding = jax.typeof(like).sharding
         return x if jax.typeof(x).sharding == sharding else jax.reshard(x, sharding)
-    # On whatever device another array is that it is used with.
-    is_anywhere = not like.committed
-    return jnp.asarray(x) if is_anywhere else jax.device_put(x, like.sharding)
+    # What is not committed goes wherever the arrays are that it is used with.
+    return jax.device_put(x, like.sharding) if like.committed else jnp.asarray(x)

@@ -290,7 +290,7 @@ class GroupMembers:
             if found != wanted:
                 raise ValueError(
                     f"the state has {found} matrices in its group {key}, and the parameters have "
-                    f"{wanted} ({members}): give the parameters that it is the state of"
+                    f"{wanted} ({members}): give the parameters and the optimizer that it is of"
                 )
 
 

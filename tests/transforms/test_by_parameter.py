@@ -4,6 +4,7 @@ import doctest
 import functools
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +22,40 @@ RNG = np.random.default_rng(0)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "state_by_parameter.md"
 STACKED = MuonDimensionNumbers(-2, -1)
 BLOCKS = {"block_size": 8, "precondition_frequency": 1}
+
+
+class Sum(NamedTuple):
+    """The state of a rule that takes no time to compile."""
+
+    gradients: jax.Array
+
+
+def scale_by_sum(**options):
+    rule = mup_jax.BlockRule(
+        init=lambda shape: Sum(jnp.zeros(shape)),
+        direction=lambda g, state, step: (g, Sum(state.gradients + g)),
+        refresh=lambda state, step: state,
+    )
+    return mup_jax.scale_by_blocks(rule, **options)
+
+
 DIRECTIONS = {
     "muon": mup_jax.scale_by_muon,
     "shampoo": functools.partial(mup_jax.scale_by_shampoo, **BLOCKS),
     "soap": functools.partial(mup_jax.scale_by_soap, **BLOCKS),
 }
 
+QUICK_TO_COMPILE = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("shampoo", "soap") else [])
+    for name in DIRECTIONS
+]
+
 # Edge blocks on both sides; leaves of one shape and of one shape of matrices; two stack axes.
 SHAPES = {
     "a": (20, 12),
     "b": (20, 12),
     "conv": (2, 2, 5, 12),
-    "experts": (3, 2, 16, 8),
+    "experts": (2, 2, 8, 8),
     "layers": (3, 20, 12),
     "other layers": (20, 3, 12),
     "transposed": (12, 20),
@@ -68,6 +91,13 @@ def assert_same(got, want):
         assert a.dtype == b.dtype
         assert isinstance(a, jax.Array)
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def there_and_back(optimizer):
+    return (
+        lambda state, params: mup_jax.state_by_parameter(state, params, optimizer),
+        lambda kept, params: mup_jax.state_from_parameters(kept, params, optimizer),
+    )
 
 
 def labels(params):
@@ -114,42 +144,40 @@ WITH_VECTORS = ("partition", *(name for name in OPTIMIZERS if name.startswith("m
 def test_back_again_bit_for_bit(name):
     optimizer = OPTIMIZERS[name]()
     params = normal(SHAPES | (VECTORS if name in WITH_VECTORS else {}))
-    state = filled(optimizer.init(params))
-    kept = mup_jax.state_by_parameter(state, params, optimizer)
-    assert_same(mup_jax.state_from_parameters(kept, params, optimizer), state)
+    state = filled(jax.jit(optimizer.init)(params))
+    there, back = there_and_back(optimizer)
+    kept = jax.jit(there)(state, params)
+    assert_same(jax.jit(back)(kept, params), state)
     if name != "masked":
         numbers = NUMBERS | dict.fromkeys(VECTORS)
-        found = mup_jax.state_by_parameter(state, params, weight_dimension_numbers=numbers)
-        assert_same(found, kept)
+        find = functools.partial(mup_jax.state_by_parameter, weight_dimension_numbers=numbers)
+        assert_same(jax.jit(find)(state, params), kept)
 
 
 def test_what_a_parameter_has():
-    optimizer = partition(DIRECTIONS["shampoo"](weight_dimension_numbers=lambda p: NUMBERS))
+    optimizer = partition(scale_by_sum(block_size=8, weight_dimension_numbers=NUMBERS))
     params = normal(SHAPES | VECTORS)
-    state = optimizer.init(params)
-    # Momentum is the gradient's entries, so that these are found again.
     gradients = normal(SHAPES | VECTORS)
-    _, state = jax.jit(optimizer.update)(gradients, state)
+    _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params))
     kept = mup_jax.state_by_parameter(state, params, optimizer)
+    assert_same(kept.inner_states["other"], state.inner_states["other"])
     blocks = kept.inner_states["matrix"].inner_state.blocks
     assert blocks["bias"] == optax.MaskedNode()
     grids = lambda key: [x.started.shape for x in blocks[key]]
     assert grids("a") == [(2, 1), (2, 1), (1, 1), (1, 1)]
-    assert grids("experts") == [(3, 2, 2, 1)]
-    mu = lambda key: blocks[key][0].state.mu
-    first = {
+    assert grids("experts") == [(2, 2, 1, 1)]
+    second = {
         "a": gradients["a"][8:16, :8],
+        "b": gradients["b"][8:16, :8],
+        "conv": gradients["conv"].reshape(20, 12)[8:16, :8],
         "layers": gradients["layers"][:, 8:16, :8],
         "other layers": gradients["other layers"][8:16, :, :8].swapaxes(0, 1),
-        "conv": gradients["conv"].reshape(20, 12)[8:16, :8],
-        "transposed": gradients["transposed"].T[8:16, :8],
     }
-    for key, want in first.items():
-        got = mu(key)[..., 1, 0, :, :]
-        np.testing.assert_allclose(got, got.max() / want.max() * want, rtol=1e-5, err_msg=key)
-    adam = kept.inner_states["other"].inner_state
-    assert adam is not None
-    assert_same(adam, state.inner_states["other"].inner_state)
+    for key, want in second.items():
+        got = blocks[key][0].state.gradients[..., 1, 0, :, :]
+        np.testing.assert_array_equal(got, want, err_msg=key)
+    experts = blocks["experts"][0].state.gradients[:, :, 0, 0]
+    np.testing.assert_array_equal(experts, gradients["experts"])
 
 
 def runner(optimizer):
@@ -172,7 +200,7 @@ def only(tree, *keys):
     return {key: tree[key] for key in keys}
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize("name", QUICK_TO_COMPILE)
 def test_parameters_come_and_go(name):
     optimizer = DIRECTIONS[name](weight_dimension_numbers=STACKED)
     run = runner(optimizer)
@@ -204,7 +232,7 @@ def test_parameters_come_and_go(name):
     close(run(removed, without, more)[0][0]["a"], run(after, params, more)[0][0]["a"])
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize("name", QUICK_TO_COMPILE)
 def test_layers_are_added(name):
     optimizer = DIRECTIONS[name](weight_dimension_numbers=STACKED)
     run = runner(optimizer)
@@ -244,20 +272,14 @@ def test_a_frozen_parameter_of_the_shape_of_others():
         mup_jax.state_by_parameter(frozen, params)
 
 
-def test_under_jit_and_eval_shape():
-    optimizer = partition(DIRECTIONS["soap"](weight_dimension_numbers=NUMBERS))
+def test_without_jit_and_in_the_abstract():
+    optimizer = partition(mup_jax.scale_by_muon(weight_dimension_numbers=NUMBERS))
     params = normal(SHAPES | VECTORS)
     state = filled(optimizer.init(params))
-
-    def there(state, params):
-        return mup_jax.state_by_parameter(state, params, optimizer)
-
-    def back(kept, params):
-        return mup_jax.state_from_parameters(kept, params, optimizer)
-
-    kept = jax.jit(there)(state, params)
-    assert_same(kept, there(state, params))
-    assert_same(jax.jit(back)(kept, params), state)
+    there, back = there_and_back(optimizer)
+    kept = there(state, params)
+    assert_same(kept, jax.jit(there)(state, params))
+    assert_same(back(kept, params), state)
     types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert types(jax.eval_shape(there, state, params)) == types(kept)
     assert types(jax.eval_shape(back, kept, params)) == types(state)
@@ -273,6 +295,13 @@ def test_an_init_of_the_users_own_jit_is_left_as_it_was():
         assert optimizer.init(params).blocks.keys() == {"8x4"}
 
 
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(AxisType.Explicit, id="Explicit"),
+        pytest.param(AxisType.Auto, id="Auto", marks=pytest.mark.slow),
+    ],
+)
 ON_MESH = {
     "a": ((16, 32), jax.P("data", "model")),
     "b": ((16, 32), jax.P("data", "model")),
@@ -281,7 +310,7 @@ ON_MESH = {
 }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda kind: kind.name)
+@KINDS
 @pytest.mark.parametrize("name", ["muon", pytest.param("shampoo", marks=pytest.mark.slow)])
 def test_through_a_checkpoint_to_another_mesh(name, kind, tmp_path):
     optimizer = optax.chain(
@@ -326,7 +355,7 @@ def test_through_a_checkpoint_to_another_mesh(name, kind, tmp_path):
         assert mu.addressable_shards[0].data.size == mu.size // 8
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda kind: kind.name)
+@KINDS
 def test_parameters_on_a_mesh_outside_set_mesh(kind):
     optimizer = mup_jax.scale_by_muon()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -357,7 +386,7 @@ def test_clear_errors():
         mup_jax.state_by_parameter(kept, params, optimizer)
     with pytest.raises(ValueError, match="not of this optimizer"):
         mup_jax.state_by_parameter(state, params, optax.chain(optimizer))
-    with pytest.raises(ValueError, match="ScaleByBlocksState for ScaleByAdamState|not of this"):
+    with pytest.raises(ValueError, match="not of this optimizer"):
         mup_jax.state_by_parameter(state, params, optax.scale_by_adam())
 
     match = re.escape(
@@ -366,12 +395,12 @@ def test_clear_errors():
     )
     with pytest.raises(ValueError, match=match):
         mup_jax.state_from_parameters(kept, other, optimizer)
-    with pytest.raises(ValueError, match=r"by matrix shape \(3x8x4, 8x4\)|\(8x4, 3x8x4\)"):
+    with pytest.raises(ValueError, match=r"a group of matrices at \.blocks\['3x8x4'\]"):
         mup_jax.state_from_parameters(state, params, optimizer)
     with pytest.raises(ValueError, match=r"no \[0\].count: it is the state of another optimizer"):
         mup_jax.state_from_parameters(kept, params, optax.chain(optimizer))
-    with pytest.raises(ValueError, match="nothing at .blocks"):
-        soap = mup_jax.scale_by_soap(weight_dimension_numbers=STACKED)
+    soap = mup_jax.scale_by_soap(weight_dimension_numbers=STACKED)
+    with pytest.raises(ValueError, match=r"nothing at \.blocks"):
         mup_jax.state_from_parameters(kept, params, soap)
 
 
@@ -380,5 +409,8 @@ def test_the_examples_run():
 
 
 def test_the_document_runs():
-    for code in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
-        exec(code, {})
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    names = {}
+    exec("\n".join(blocks), names)
+    new = jax.eval_shape(names["optimizer"].update, names["params"], names["state"])
+    assert new[0]["layers"]["w"].shape == (6, 8, 8)
