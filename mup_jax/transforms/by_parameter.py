@@ -69,8 +69,10 @@ def state_by_parameter(
       >>> mup_jax.state_by_parameter(state, params).blocks["b"][0].state.mu.shape
       (1, 1, 16, 8)
     """
+    if not all(map(_is_of_groups, _all_blocks(state))):
+        raise ValueError("the state is by parameter already: give it to state_from_parameters")
     if optimizer is not None:
-        described = describe(optimizer.init, params)
+        described = _describe(optimizer, params)
     else:
         members = lambda blocks, _: _find_members(blocks, params, weight_dimension_numbers)
         described = _map_blocks(members, state, state)
@@ -120,7 +122,7 @@ def state_from_parameters(
       >>> sorted(state.blocks)
       ['6x8x8', '8x2']
     """
-    described = describe(optimizer.init, params)
+    described = _describe(optimizer, params)
     fresh = optimizer.init(params)
     merged = _merge(by_parameter, _map_blocks(_split, described, fresh), params)
     joined = _map_blocks(GroupMembers.join, described, merged)
@@ -129,6 +131,23 @@ def state_from_parameters(
 
 def _is_state(x: Any) -> bool:
     return isinstance(x, ScaleByBlocksState)
+
+
+def _all_blocks(state: PyTree) -> list[Any]:
+    return [x.blocks for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+
+
+def _is_of_groups(blocks: Any) -> bool:
+    """Whether these are blocks by matrix shape, and not by parameter."""
+    return isinstance(blocks, dict) and all(
+        re.fullmatch(r"\d+(x\d+)+", str(name)) for name in blocks
+    )
+
+
+def _describe(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
+    if not hasattr(optimizer, "init"):
+        raise ValueError(f"optimizer={optimizer!r}: give the transformation that the state is of")
+    return describe(optimizer.init, params)
 
 
 def _map_blocks(function: Callable[[Any, Any], Any], described: PyTree, state: PyTree) -> PyTree:
@@ -171,24 +190,34 @@ def _find_members(blocks: Groups, params: PyTree, numbers: WeightDimensionNumber
 
 def _merge(by_parameter: PyTree, fresh: PyTree, params: PyTree) -> PyTree:
     """`fresh`, with what `by_parameter` has in its place."""
-    entries = jax.tree.leaves_with_path(by_parameter, is_leaf=_is_entry)
-    known = {jax.tree_util.keystr(path): entry for path, entry in entries}
-    for place in known:
-        if re.search(r"\.blocks\['\d+(x\d+)+'\]", place):
-            raise ValueError(
-                f"by_parameter has a group of matrices at {place}: give what state_by_parameter "
-                "makes of the state"
-            )
+    if any(blocks and _is_of_groups(blocks) for blocks in _all_blocks(by_parameter)):
+        raise ValueError(
+            "by_parameter has matrices by shape, as an optimizer has them: give what "
+            "state_by_parameter makes of it"
+        )
+    known, needed = (
+        {
+            jax.tree_util.keystr(path): entry
+            for path, entry in jax.tree.leaves_with_path(tree, is_leaf=_is_entry)
+        }
+        for tree in (by_parameter, fresh)
+    )
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    of_parameters = {place for place in needed if any(name in place for name in names)}
+    if missing := sorted(needed.keys() - of_parameters - known.keys()):
+        raise ValueError(f"by_parameter has no {missing[0]}: it is the state of another optimizer")
+    if of_parameters and not of_parameters & known.keys():
+        raise ValueError(
+            f"by_parameter has nothing for any of {', '.join(names)}: give parameters with the "
+            "paths that they had, or begin anew with optimizer.init"
+        )
 
     def choose(path: Any, new: Any) -> Any:
         place = jax.tree_util.keystr(path)
-        if place in known:
-            _check_alike(place, known[place], new)
-            return jax.tree.map(_placed, known[place], new)
-        if not any(name in place for name in names):
-            raise ValueError(f"by_parameter has no {place}: it is the state of another optimizer")
-        return new
+        if place not in known:
+            return new
+        _check_alike(place, known[place], new)
+        return jax.tree.map(_placed, known[place], new)
 
     return jax.tree.map_with_path(choose, fresh, is_leaf=_is_entry)
 

@@ -382,8 +382,10 @@ def test_clear_errors():
         mup_jax.state_by_parameter(state, other, optimizer)
     with pytest.raises(ValueError, match=r"3 matrices in its group 3x8x4, .* have 0 \(no leaf\)"):
         mup_jax.state_by_parameter(state, params)
-    with pytest.raises(ValueError, match="0 matrices in its group 8x4"):
+    with pytest.raises(ValueError, match="by parameter already"):
         mup_jax.state_by_parameter(kept, params, optimizer)
+    with pytest.raises(ValueError, match="optimizer=MuonDimensionNumbers"):
+        mup_jax.state_by_parameter(state, params, STACKED)
     with pytest.raises(ValueError, match="not of this optimizer"):
         mup_jax.state_by_parameter(state, params, optax.chain(optimizer))
     with pytest.raises(ValueError, match="not of this optimizer"):
@@ -395,10 +397,14 @@ def test_clear_errors():
     )
     with pytest.raises(ValueError, match=match):
         mup_jax.state_from_parameters(kept, other, optimizer)
-    with pytest.raises(ValueError, match=r"a group of matrices at \.blocks\['3x8x4'\]"):
+    with pytest.raises(ValueError, match="matrices by shape"):
         mup_jax.state_from_parameters(state, params, optimizer)
     with pytest.raises(ValueError, match=r"no \[0\].count: it is the state of another optimizer"):
         mup_jax.state_from_parameters(kept, params, optax.chain(optimizer))
+    with pytest.raises(ValueError, match=r"nothing for any of \['model'\]\['A'\]"):
+        mup_jax.state_from_parameters(kept, {"model": {"A": params["a"]}}, optimizer)
+    nothing = mup_jax.state_from_parameters(optax.EmptyState(), params, optax.scale(-1.0))
+    assert nothing == optax.EmptyState()
     soap = mup_jax.scale_by_soap(weight_dimension_numbers=STACKED)
     with pytest.raises(ValueError, match=r"nothing at \.blocks"):
         mup_jax.state_from_parameters(kept, params, soap)
