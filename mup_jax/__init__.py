@@ -47,6 +47,8 @@ from mup_jax.transforms import (
     scale_by_shampoo,
     scale_by_soap,
     scale_by_sophia_g,
+    state_by_parameter,
+    state_from_parameters,
 )
 
 __version__ = "0.2.0"
@@ -90,4 +92,6 @@ __all__ = [
     "shampoo",
     "soap",
     "sophia",
+    "state_by_parameter",
+    "state_from_parameters",
 ]

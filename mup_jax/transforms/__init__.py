@@ -1,6 +1,7 @@
 """Optax transformations for matrices. They know nothing of models or of µP."""
 
 from mup_jax.transforms.adamuon import AdaMuonState, scale_by_adamuon
+from mup_jax.transforms.by_parameter import state_by_parameter, state_from_parameters
 from mup_jax.transforms.engine import Blocks, ScaleByBlocksState, scale_by_blocks
 from mup_jax.transforms.grafting import GraftState, graft
 from mup_jax.transforms.hyperball import HyperballState, hyperball
@@ -55,4 +56,6 @@ __all__ = [
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia_g",
+    "state_by_parameter",
+    "state_from_parameters",
 ]

@@ -8,8 +8,9 @@ see `mup_jax.transforms.sharding_plan`.
 
 import collections
 import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +24,7 @@ from mup_jax.transforms.matrices import (
     MatrixLayout,
     PyTree,
     WeightDimensionNumbers,
+    leaf_name,
     matrix_layouts,
 )
 from mup_jax.transforms.shard_alike import shard_alike
@@ -41,7 +43,7 @@ from mup_jax.transforms.sharding_plan import (
 Groups = dict[str, Any]
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def axis_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
@@ -91,7 +93,7 @@ class _Mesh:
         sharding = getattr(jax.typeof(leaf), "sharding", None)
         entries = [] if sharding is None else list(sharding.spec)
         entries += [None] * (jnp.ndim(leaf) - len(entries))
-        return tuple(tuple(a for a in _names(e) if a in self.types) for e in entries)
+        return tuple(tuple(a for a in axis_names(e) if a in self.types) for e in entries)
 
     def shard(self, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
         """`jax.shard_map` of a function over the axes of this mesh; itself if there are none."""
@@ -123,7 +125,7 @@ class _Mesh:
 
     def _put(self, x: jax.Array, spec: jax.P) -> jax.Array:
         """Moves to the explicit axes of a sharding; the others follow by themselves."""
-        entries = [tuple(a for a in _names(e) if a in self._explicit) or None for e in spec]
+        entries = [tuple(a for a in axis_names(e) if a in self._explicit) or None for e in spec]
         if not self._explicit or jax.typeof(x).sharding.spec == jax.P(*entries):
             return x
         return jax.reshard(x, jax.NamedSharding(self.mesh, jax.P(*entries)))
@@ -157,17 +159,29 @@ class _Group:
         for i, layout in zip(self.members, self.layouts, strict=True):
             local = replace(layout, shape=leaves[i].shape)
             matrices.append(local.to_matrices(leaves[i]))
-        stacked = jnp.stack(matrices, axis=1)
-        return stacked.reshape(-1, *stacked.shape[2:])
+        return _interleaved(matrices)
 
     def unstack(self, x: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
         """The inverse of `stack`, in shapes and dtypes of the leaves."""
-        x = x.reshape(-1, len(self.members), *x.shape[1:])
         parts = []
-        for position, (i, layout) in enumerate(zip(self.members, self.layouts, strict=True)):
+        columns = zip(_separated(x, len(self.members)), self.members, self.layouts, strict=True)
+        for matrices, i, layout in columns:
             local = replace(layout, shape=like[i].shape)
-            parts.append(local.from_matrices(x[:, position]).astype(like[i].dtype))
+            parts.append(local.from_matrices(matrices).astype(like[i].dtype))
         return parts
+
+    def split_state(self, x: jax.Array) -> list[jax.Array]:
+        """What an array `(n, ...)` of the state has for each leaf: `(*stack_shape, ...)`."""
+        parts = zip(_separated(x, len(self.members)), self.layouts, strict=True)
+        return [part.reshape(*layout.stack_shape, *part.shape[1:]) for part, layout in parts]
+
+    def join_state(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """The inverse of `split_state`."""
+        flat = [
+            part.reshape(-1, *part.shape[len(layout.stack_shape) :])
+            for part, layout in zip(parts, self.layouts, strict=True)
+        ]
+        return _interleaved(flat)
 
     def leaf_spec(self, layout: MatrixLayout, parameter_layout: Layout) -> jax.P:
         """The sharding of a leaf."""
@@ -211,8 +225,91 @@ class _Group:
         return stack, sides[0], sides[1]
 
 
+def _interleaved(parts: Sequence[jax.Array]) -> jax.Array:
+    """Arrays `(n, ...)` as one, in which they alternate along the first axis."""
+    stacked = jnp.stack(parts, axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _separated(x: jax.Array, number: int) -> list[jax.Array]:
+    """The inverse of `_interleaved`."""
+    x = x.reshape(-1, number, *x.shape[1:])
+    return [x[:, position] for position in range(number)]
+
+
 def _axes(layout: MatrixLayout) -> tuple[tuple[int, ...], ...]:
     return layout.stack_axes, layout.in_axes, layout.out_axes
+
+
+# Equal to itself alone: what is static in a tree has to be comparable and to have a hash.
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class GroupMembers:
+    """Which leaves of a tree are in which groups: a state of groups <-> one of leaves."""
+
+    treedef: Any
+    groups: dict[str, _Group]
+
+    def split(self, state: Groups) -> PyTree:
+        """The state of all groups -> a tree with that of each leaf alone.
+
+        The arrays of a leaf have its own stack axes in place of that of its group.
+
+        Raises:
+          ValueError: a group has other matrices than the leaves.
+        """
+        self._check(state)
+        parts: list[Any] = [None] * self.treedef.num_leaves
+        for key, group in self.groups.items():
+            arrays, of_arrays = jax.tree.flatten(state[key])
+            columns = [group.split_state(x) for x in arrays]
+            for position, i in enumerate(group.members):
+                parts[i] = jax.tree.unflatten(of_arrays, [column[position] for column in columns])
+        return jax.tree.unflatten(self.treedef, parts)
+
+    def join(self, tree: PyTree) -> Groups:
+        """The inverse of `split`."""
+        parts = self.treedef.flatten_up_to(tree)
+        return {
+            key: jax.tree.map(
+                lambda *arrays, group=group: group.join_state(arrays),
+                *(parts[i] for i in group.members),
+            )
+            for key, group in self.groups.items()
+        }
+
+    def _check(self, state: Groups) -> None:
+        indices = jax.tree.unflatten(self.treedef, range(self.treedef.num_leaves))
+        names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(indices)]
+        for key in [*self.groups, *(key for key in state if key not in self.groups)]:
+            group = self.groups.get(key)
+            members = ", ".join(names[i] for i in group.members) if group else "no leaf"
+            wanted = group.shape[0] if group else 0
+            arrays = jax.tree.leaves(state.get(key))
+            found = arrays[0].shape[0] if arrays else wanted if key in state else 0
+            if found != wanted:
+                raise ValueError(
+                    f"the state has {found} matrices in its group {key}, and the parameters have "
+                    f"{wanted} ({members}): give the parameters and the optimizer that it is of"
+                )
+
+
+# Whether `MatrixGroups.init` gives `GroupMembers` in place of a state.
+_describing = contextvars.ContextVar("describing", default=False)
+
+
+def describe(init: Callable[[PyTree], Any], params: PyTree) -> Any:
+    """The abstract state that `init` gives, with `GroupMembers` in place of each state of groups.
+
+    What a mask or a partition has given to which transformation is known to their `init` alone.
+    """
+    token = _describing.set(True)
+    try:
+        # A function of its own, as JAX keeps what it has traced. So does `jax.jit` inside `init`.
+        with jax.disable_jit():
+            return jax.eval_shape(lambda params: init(params), params)
+    finally:
+        _describing.reset(token)
 
 
 def is_healthy(gradients: jax.Array, plan: ShardingPlan) -> jax.Array:
@@ -246,7 +343,7 @@ class MatrixGroups:
         layouts = matrix_layouts(tree, numbers)
         members: dict[str, list[int]] = {}
         for i, layout in enumerate(layouts):
-            members.setdefault("x".join(map(str, layout.matrix_shape)), []).append(i)
+            members.setdefault(layout.group, []).append(i)
         self._groups = {
             key: _Group(tuple(indices), tuple(layouts[i] for i in indices))
             for key, indices in members.items()
@@ -263,6 +360,11 @@ class MatrixGroups:
             for key, group in self._groups.items()
         }
 
+    @property
+    def members(self) -> GroupMembers:
+        """Which leaves are in which groups."""
+        return GroupMembers(self._treedef, self._groups)
+
     def init(self, make: Callable[[ShardingPlan], Any], arrays: Groups) -> Groups:
         """The state of each group, stored as `run` wants it.
 
@@ -273,6 +375,9 @@ class MatrixGroups:
         if self._is_placeholder:
             placeholder: Any = jnp.zeros(())
             return placeholder
+        if _describing.get():
+            described: Any = self.members
+            return described
         devices = self._mesh.entered(self._leaves)
         if devices is None:
             # The first update divides it.

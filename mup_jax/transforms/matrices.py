@@ -126,6 +126,11 @@ class MatrixLayout:
         return (*self.stack_shape, self.d_in, self.d_out)
 
     @property
+    def group(self) -> str:
+        """The name of the group of matrices of this shape, as "8x256x1024"."""
+        return "x".join(map(str, self.matrix_shape))
+
+    @property
     def _permutation(self) -> tuple[int, ...]:
         return self.stack_axes + self.in_axes + self.out_axes
 
