@@ -19,9 +19,9 @@ from optax.contrib import MuonDimensionNumbers
 Tree: TypeAlias = dict[str, Any]
 Make: TypeAlias = Callable[[Any], optax.GradientTransformation]
 
-# Momentum, several refreshes, and a step after one that went wrong.
-_STEPS = 4
+# Of the gradients of each step: enough steps for momentum, refreshes, and what comes after harm.
 _SIZES = (1.0, 2.0, 0.5, 1.5)
+_STEPS = len(_SIZES)
 
 
 class _Property(NamedTuple):
@@ -250,7 +250,7 @@ def _stack(subject: _Subject) -> None:
 def _independence(subject: _Subject) -> None:
     """The updates of a leaf do not depend on the other leaves."""
     others, *gradients = subject.draw(seed=1)
-    only_a = lambda own, others: {**others, "a": own["a"]}
+    only_a = lambda own, others: {name: 3 * x for name, x in others.items()} | {"a": own["a"]}
     got = subject.run(
         list(map(only_a, subject.gradients, gradients)), params=only_a(subject.params, others)
     )
@@ -340,7 +340,7 @@ def _expect_routed(subject: _Subject, routed: Any) -> None:
     subject.expect(got, list(map(_with_gain, subject.want)))
 
 
-@_property("`params` that are required where Optax passes None, or a state of another type")
+@_property("something that Python keeps from call to call")
 def _chain(subject: _Subject) -> None:
     """`optax.chain` composes it."""
     chained = optax.chain(optax.identity(), subject.transformation, optax.scale(-0.5))
@@ -363,7 +363,7 @@ def _partition(subject: _Subject) -> None:
     _expect_routed(subject, optax.partition(kinds, label))
 
 
-@_property("a state whose dtypes change, or Python that runs once for both branches of a cond")
+@_property("a state whose structure or shapes change, or in which are no plain arrays")
 def _multi_steps(subject: _Subject) -> None:
     """`optax.MultiSteps` gives it the means of two gradients."""
     noise = subject.draw(seed=1)[0]
@@ -376,7 +376,7 @@ def _multi_steps(subject: _Subject) -> None:
     subject.expect(got[1::2], subject.want)
 
 
-@_property("a state that is no tree of arrays")
+@_property("something that Python keeps from call to call, or a state that is no tree of arrays")
 def _inject_hyperparams(subject: _Subject) -> None:
     """`optax.inject_hyperparams` gives it a learning rate that can be set in the state."""
     make = lambda rate: optax.chain(subject.transformation, optax.scale_by_learning_rate(rate))
