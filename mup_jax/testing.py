@@ -161,7 +161,7 @@ def _expect_alive(updates: list[Tree], when: str) -> None:
 # Types and programs
 
 
-@_property("a float32 constant that promotes bfloat16, a cast left out, or a count in Python")
+@_property("a float32 constant that promotes bfloat16, or a cast left out")
 def _types(subject: _Subject) -> None:
     """Updates have the shapes and dtypes of gradients, and a state keeps its own."""
     update = subject.transformation.update
@@ -189,7 +189,7 @@ def _jit(subject: _Subject) -> None:
     subject.expect(subject.run(subject.gradients[:2], subject.transformation), subject.want[:2])
 
 
-@_property("a state that depends on the values of parameters by Python, or is made by NumPy")
+@_property("a state that depends on the values of parameters, or has numbers of Python in it")
 def _abstract_init(subject: _Subject) -> None:
     """`jax.eval_shape` of init gives the structure, shapes and dtypes of a state."""
     init = subject.transformation.init
@@ -205,20 +205,10 @@ def _extra_args(subject: _Subject) -> None:
     jax.eval_shape(update, subject.params, state, subject.params)
 
 
-@_property("one array twice in the first state, or the parameters themselves in it")
-def _donation(subject: _Subject) -> None:
-    """A state can be donated to the update, from the first one on."""
-    params = jax.tree.map(jnp.array, subject.params)
-    update = jax.jit(subject.transformation.update, donate_argnums=1)
-    donating = subject.compiled._replace(update=update)
-    subject.expect(subject.run(subject.gradients, donating, params), subject.want)
-    assert not any(x.is_deleted() for x in params.values()), "the parameters went with the state"
-
-
 @_property("something kept outside of the arrays of the state")
 def _checkpoint(subject: _Subject) -> None:
     """A state goes on from its leaves as NumPy arrays, in the structure of a new one."""
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    is_key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
     def update(gradient: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
         new = jax.tree.structure(subject.transformation.init(params))
@@ -458,6 +448,20 @@ def _transposition(subject: _Subject) -> None:
     transpose = lambda tree: jax.tree.map(np.transpose, tree)
     got = subject.run(list(map(transpose, subject.gradients)), params=transpose(subject.params))
     subject.expect(got, list(map(transpose, subject.want)))
+
+
+# Last, as what is donated by mistake is gone
+
+
+@_property("one array twice in the first state, or one that is not the state's own")
+def _donation(subject: _Subject) -> None:
+    """A state can be donated to the update from the first one on, and another one be made."""
+    params = jax.tree.map(jnp.array, subject.params)
+    update = jax.jit(subject.transformation.update, donate_argnums=1)
+    donating = subject.compiled._replace(update=update)
+    for _ in range(2):
+        subject.expect(subject.run(subject.gradients, donating, params), subject.want)
+        assert not any(x.is_deleted() for x in params.values()), "the parameters were donated too"
 
 
 PROPERTIES = {name: p.says for name, p in _PROPERTIES.items()}

@@ -1,5 +1,7 @@
 """What `check_transformation` lets pass, and what it catches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,7 +183,6 @@ BAD = {
         with_values_of_parameters, optax.identity().update
     ),
     "extra_args": no_extra_args(),
-    "donation": momentum(average, init=lambda x: x),
     "checkpoint": state_in_the_structure(),
     "stack": lambda numbers: of_leaves(lambda g: g / jnp.linalg.norm(g)),
     "independence": of_tree(global_norm),
@@ -200,6 +201,7 @@ BAD = {
     "sharding": of_leaves(on_each_device),
     "rotation": of_leaves(jnp.sign),
     "transposition": of_leaves(lambda g: g / jnp.linalg.norm(g, axis=0, keepdims=True)),
+    "donation": momentum(average, init=lambda x: x),
 }
 
 
@@ -211,6 +213,16 @@ def test_each_property_has_one_that_is_caught():
 def test_bad_ones_are_caught(name):
     with pytest.raises(AssertionError, match=rf"1 of 1 .*\n{name}: .*\n  Found: .*\n  Usually: "):
         check_transformation(BAD[name], only=[name])
+
+
+def test_what_first_states_have_in_common_cannot_be_donated():
+    zeros = functools.cache(jnp.zeros)
+    shared = momentum(average, init=lambda x: zeros(x.shape))
+    with pytest.raises(AssertionError, match=r"donation: .*\n  Found: .*donate"):
+        check_transformation(shared, only=["donation"])
+    shared = optax.GradientTransformation(lambda params: zeros(()), count_in_float)
+    with pytest.raises(AssertionError, match=r"donation: .*\n  Found: .*deleted"):
+        check_transformation(shared, only=["donation"])
 
 
 def test_all_that_fails_is_in_one_message():
