@@ -42,7 +42,7 @@ GOOD = {
     "muon": (of(mup_jax.scale_by_muon), {"also": SYMMETRIES}),
     "adamuon": (of(mup_jax.scale_by_adamuon), {"also": ["transposition"]}),
     "shampoo": (of(mup_jax.scale_by_shampoo), {"also": SYMMETRIES}),
-    "shampoo in blocks": (of(mup_jax.scale_by_shampoo, block_size=6), {"also": ["transposition"]}),
+    "shampoo in blocks": (of(mup_jax.scale_by_shampoo, block_size=4), {"also": ["transposition"]}),
     "soap": (of(mup_jax.scale_by_soap), {"also": SYMMETRIES}),
 }
 QUICK = ("adam", "a rule")
