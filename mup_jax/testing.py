@@ -492,8 +492,8 @@ def check_transformation(
       skip: names of properties that are not to be checked.
       also: names of properties that are checked on demand: "rotation" and "transposition".
       only: if given, the names of all properties that are to be checked, but for `skip`.
-      shape: `(d_in, d_out)` of two of the matrices; the third is twice as wide. A few gradients of a
-        longer matrix leave eigenvectors that rounding chooses, which SOAP's updates depend on.
+      shape: `(d_in, d_out)` of two of the matrices; the third is twice as wide. A few gradients of
+        a longer matrix leave eigenvectors that rounding chooses, which SOAP's updates depend on.
       tolerance: largest difference of two updates that should be alike, in Frobenius norm and
         relative to the largest update of the leaf; of bfloat16 gradients ten times that.
 
