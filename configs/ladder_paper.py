@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
             11_140_854,
             0.16384,
             orthogonalizer="newton_schulz",
-            steps=5,
+            ns_steps=5,
             eps=1e-5,
             adam_eps=1e-15,
             factor=1.6,

@@ -4,6 +4,7 @@ This package needs jax and optax only; the trainer (`mup_jax.training`, `mup_jax
 `mup_jax.data`) is imported on its own and needs the `train` extra.
 """
 
+from mup_jax import testing
 from mup_jax.optimizers import (
     adamuon,
     adamw,
@@ -94,4 +95,5 @@ __all__ = [
     "sophia",
     "state_by_parameter",
     "state_from_parameters",
+    "testing",
 ]

@@ -3,6 +3,7 @@
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mup_jax.optimizers.assembly import (
@@ -289,8 +290,10 @@ def sophia(
             update_interval=update_interval,
             hessian_diagonal_fn=estimator,
         )
+        # Optax puts the key itself into every first state, and with one that is donated it is gone.
+        init = lambda params: jax.tree.map(jnp.copy, whole.init(params))
         # Optax offers its direction with a learning rate and a sign only.
-        direction = optax.chain(whole, optax.scale(-1.0))
+        direction = optax.chain(whole._replace(init=init), optax.scale(-1.0))
     if shapes is not None and scale_epsilon:
         direction = _with_functions_in_units_of_gradients(direction, rules.sophia(), shapes)
     of = Assembly(
