@@ -53,6 +53,9 @@ TRANSFORMATIONS = {
     "shampoo to the 0.3": lambda: mup_jax.scale_by_shampoo(exponent=0.3, **BLOCKS),
     "soap": lambda: mup_jax.scale_by_soap(**BLOCKS),
     "soap, one side": lambda: mup_jax.scale_by_soap(sides="in", **BLOCKS),
+    "normuon": mup_jax.scale_by_normuon,
+    "kl_shampoo": lambda: mup_jax.scale_by_kl_shampoo(**BLOCKS),
+    "kl_soap": lambda: mup_jax.scale_by_kl_soap(**BLOCKS),
     "graft": lambda: mup_jax.graft(optax.scale_by_rms(), mup_jax.scale_by_shampoo(**BLOCKS)),
     "hyperball": lambda: mup_jax.hyperball(
         mup_jax.scale_by_muon(), optax.scale_by_learning_rate(0.1)

@@ -21,6 +21,7 @@ from mup_jax.transforms.rule import AnyRule, Block, BlockRule, rule_for
 from mup_jax.transforms.schedule import (
     Positions,
     RefreshSchedule,
+    check_alike,
     passed_on,
     refresh_where,
 )
@@ -142,6 +143,7 @@ def _map_blocks(function: Callable[..., Any], *trees: PyTree) -> PyTree:
 
 def _where(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where a flag is set, in the dtypes of `old`; flags for the first axes of the arrays."""
+    check_alike(new, old)
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         if new is old:
@@ -270,6 +272,7 @@ class _Engine:
         for piece, block, (state, started) in zip(pieces, split, blocks, strict=True):
             function = lambda g, s, rule=piece.block_rule: rule.direction(g, s, step)
             update, changed = _map_blocks(function, block, state)
+            check_alike(update, block)
             updates.append(update.astype(jnp.float32))
             new.append(Blocks(_where(healthy, changed, state), started))
         merged = self.blocking.merge(updates, gradient.shape, pieces[0].plan.on)

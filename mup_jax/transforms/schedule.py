@@ -83,6 +83,19 @@ class RefreshSchedule:
         return int(np.sum(turns, axis=0).max() if known else np.max(turns, axis=1).sum())
 
 
+def check_alike(new: Any, old: Any) -> None:
+    """Refuses what a rule returns for a state of another structure, or of arrays of other shapes.
+
+    Raises:
+      ValueError: that says both.
+    """
+    structures = [jax.tree.structure(tree) for tree in (new, old)]
+    shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (new, old)]
+    for got, want in (structures, shapes):
+        if got != want:
+            raise ValueError(f"a rule returned {got} for {want}: return what `init` does")
+
+
 @dataclass(frozen=True)
 class PassedOn:
     """Which leaves of a state a function returns as they are."""
@@ -110,11 +123,7 @@ def passed_on(
 
     def probe(state: Any, inputs: Any) -> Any:
         outputs, new = function(state, inputs)
-        if jax.tree.structure(new) != treedef:  # type: ignore[operator]
-            raise ValueError(
-                f"a rule returned a state of the structure {jax.tree.structure(new)} for one of "
-                f"{treedef}: return what `init` does"
-            )
+        check_alike(new, state)
         pairs = zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True)
         flags.extend(old is new for old, new in pairs)
         return outputs

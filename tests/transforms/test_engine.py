@@ -255,9 +255,17 @@ def test_states_can_be_donated_from_the_first():
         update(params, state)
 
 
-def test_a_rule_that_changes_the_structure_of_its_state_is_refused():
-    rule = RULE._replace(refresh=lambda s, step: (s.momentum, s.root))
-    transformation = mup_jax.scale_by_blocks(rule)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"refresh": lambda s, step: (s.momentum, s.root)},
+        {"accumulate": lambda g, s, step: s._replace(gram=g @ g.T[:, :2])},
+        {"direction": lambda g, s, step: (g.T, s)},
+        {"direction": lambda g, s, step: (g, s.momentum)},
+    ],
+)
+def test_a_rule_that_returns_something_else_is_refused(wrong):
+    transformation = mup_jax.scale_by_blocks(RULE._replace(**wrong))
     params = jnp.ones((3, 4))
     with pytest.raises(ValueError, match="return what `init` does"):
         transformation.update(params, transformation.init(params))
