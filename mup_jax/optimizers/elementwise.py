@@ -69,6 +69,12 @@ def adamw(
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.adamw(1e-3, weight_decay=1e-4)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+
     References:
       Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2017.
     """
@@ -110,6 +116,12 @@ def adopt(
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
+
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.adopt(1e-3)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
 
     References:
       Taniguchi et al., `ADOPT <https://arxiv.org/abs/2411.02853>`_, 2024.
@@ -163,6 +175,12 @@ def lamb(
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.lamb(1e-2)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+
     References:
       You et al., `LAMB <https://arxiv.org/abs/1904.00962>`_, 2019.
     """
@@ -206,6 +224,12 @@ def lion(
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
+
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.lion(1e-4)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
 
     References:
       Chen et al., `Lion <https://arxiv.org/abs/2302.06675>`_, 2023.
@@ -265,6 +289,13 @@ def sophia(
 
     Raises:
       ValueError: an unknown curvature; at `update`, the function of the parameters is missing.
+
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> loss = lambda params: jnp.sum(jnp.square(params["w"]))
+      >>> optimizer = mup_jax.sophia(1e-3)
+      >>> state, gradient = optimizer.init(params), jax.grad(loss)(params)
+      >>> updates, state = optimizer.update(gradient, state, params, obj_fn=loss)
 
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023.

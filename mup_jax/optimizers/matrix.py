@@ -74,6 +74,14 @@ def matrix_optimizer(
 
     Raises:
       ValueError: no rule fits what was measured.
+
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.matrix_optimizer(
+      ...     0.1, mup_jax.scale_by_normuon(), mup_jax.rules.normuon(), hidden_only=False
+      ... )
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
     """
     if hidden_only and shapes is None:
         warnings.warn(
@@ -160,6 +168,12 @@ def adamuon(
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.adamuon(0.02, hidden_only=False)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+
     References:
       Si et al., `AdaMuon <https://arxiv.org/abs/2507.11005>`_, 2025; as in Qiu et al.
     """
@@ -237,6 +251,12 @@ def muon(
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
+
+    Example:
+      >>> small, large = ({"w": jnp.ones((d, d)), "out": jnp.ones((d, 10))} for d in (32, 128))
+      >>> shapes = mup_jax.infer_shapes(small, large)
+      >>> optimizer = mup_jax.muon(0.02, shapes=shapes, weight_decay=1e-4)
+      >>> updates, state = optimizer.update(large, optimizer.init(large), large)
 
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; as in Qiu et al.
@@ -317,6 +337,12 @@ def shampoo(
 
     Raises:
       ValueError: relative_eps=False with grafting.
+
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.shampoo(1e-3, block_size=256, hidden_only=False)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
 
     References:
       Gupta et al., `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018; Shi et al., `Distributed
@@ -400,6 +426,12 @@ def soap(
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
+
+    Example:
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> optimizer = mup_jax.soap(1e-3, block_size=256)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
 
     References:
       Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024; as in Qiu et al.

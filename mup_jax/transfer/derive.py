@@ -157,6 +157,11 @@ def derive_rule(
       ValueError: widths, steps or examples that measure nothing; an unknown layer in `initial_std`;
         `inner` fails, as do those that need more than gradients and parameters.
 
+    Example:
+      >>> derived = mup_jax.derive_rule(optax.scale_by_adam(), widths=(32, 64, 128))
+      >>> round(derived.exponents["hidden"])
+      -1
+
     References:
       the condition of Qiu et al., `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_,
       2025, section 3, and Yang et al., `A spectral condition <https://arxiv.org/abs/2310.17813>`_,

@@ -40,6 +40,12 @@ def mup(
     Raises:
       ValueError: at `update`, the structure of `shapes` is not that of the gradients.
 
+    Example:
+      >>> small, large = ({"w": jnp.ones((d, d)), "out": jnp.ones((d, 10))} for d in (32, 128))
+      >>> shapes = mup_jax.infer_shapes(small, large)
+      >>> tx = mup_jax.mup(mup_jax.scale_by_muon(), mup_jax.rules.muon(), shapes)
+      >>> updates, state = tx.update(large, tx.init(large))
+
     References:
       Qiu et al., `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025, section 3.
     """
@@ -96,6 +102,14 @@ def add_independent_weight_decay(
 
     Raises:
       ValueError: unknown scaling; at `update`, no parameters.
+
+    Example:
+      >>> small, large = ({"w": jnp.ones((d, d)), "out": jnp.ones((d, 10))} for d in (32, 128))
+      >>> shapes = mup_jax.infer_shapes(small, large)
+      >>> decay = mup_jax.add_independent_weight_decay(1e-3, shapes)
+      >>> steps, _ = decay.update(jax.tree.map(jnp.zeros_like, large), decay.init(large), large)
+      >>> print(f"{steps['w'][0, 0]:.5f}")  # λ times the ratio of the widths, 32/128
+      0.00025
     """
     if not isinstance(scaling, Rule) and scaling not in get_args(IndependentScaling):
         raise ValueError(

@@ -169,6 +169,12 @@ def infer_shapes(
       ValueError: a parameter is missing in one of the models, is no real array or has another rank;
         nothing tells what a matrix is or which axis of a vector is its width; or an option is out
         of range.
+
+    Example:
+      >>> small, large = ({"w": jnp.ones((d, d)), "out": jnp.ones((d, 10))} for d in (32, 128))
+      >>> shapes = mup_jax.infer_shapes(small, large)
+      >>> shapes["w"].base_d_in, shapes["w"].d_in
+      (32, 128)
     """
     if depth_ratio <= 0:
         raise ValueError(f"depth_ratio={depth_ratio}: give layers / base layers, above 0")

@@ -35,6 +35,13 @@ def describe(
 
     Raises:
       ValueError: `rule` is a mapping without one of the roles, or a rule does not fit a parameter.
+
+    Example:
+      >>> small, large = ({"w": jnp.ones((d, d)), "out": jnp.ones((d, 10))} for d in (32, 128))
+      >>> shapes = mup_jax.infer_shapes(small, large)
+      >>> page = mup_jax.describe(shapes, mup_jax.rules.muon())
+      >>> "w" in page
+      True
     """
     lines = []
     for path, shape in jax.tree.leaves_with_path(shapes, is_leaf=is_shape):

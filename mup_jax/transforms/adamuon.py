@@ -57,6 +57,11 @@ def scale_by_adamuon(
     Raises:
       ValueError: as from `scale_by_muon`.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> tx = mup_jax.scale_by_adamuon()
+      >>> updates, state = tx.update(params, tx.init(params))
+
     References:
       Si et al., `AdaMuon <https://arxiv.org/abs/2507.11005>`_, 2025; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.

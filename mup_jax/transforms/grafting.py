@@ -64,6 +64,11 @@ def graft(
     Raises:
       ValueError: a leaf of more than two axes without dimension numbers.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> tx = mup_jax.graft(optax.scale_by_adam(), mup_jax.scale_by_shampoo())
+      >>> updates, state = tx.update(params, tx.init(params))
+
     References:
       Agarwal et al., `Disentangling adaptive gradient methods <https://arxiv.org/abs/2002.11803>`_,
       2020.

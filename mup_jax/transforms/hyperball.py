@@ -71,6 +71,11 @@ def hyperball(
       ValueError: `scale` is no transformation; at `init` or `update`, a leaf is not a matrix; at
         `update`, no parameters.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> muon_h = mup_jax.hyperball(mup_jax.scale_by_muon(), optax.scale_by_learning_rate(0.01))
+      >>> updates, state = muon_h.update(params, muon_h.init(params), params)
+
     References:
       Wen et al., `Hyperball optimization <https://arxiv.org/abs/2606.16899>`_, 2026.
     """

@@ -94,6 +94,12 @@ def scale_by_muon(
       ValueError: an unknown orthogonalizer or shape factor, or a number of steps that it does not
         have; at `init` or `update`, a leaf is not a matrix.
 
+    Example:
+      >>> params = {"layers": jnp.ones((3, 6, 4))}
+      >>> numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+      >>> tx = mup_jax.scale_by_muon(weight_dimension_numbers=numbers)
+      >>> updates, state = tx.update(params, tx.init(params))
+
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """

@@ -101,6 +101,11 @@ def scale_by_shampoo(
       ValueError: an option is out of range, or a leaf is not a matrix or has no side to
         precondition.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> tx = mup_jax.scale_by_shampoo(block_size=256, exponent=0.25)
+      >>> updates, state = tx.update(params, tx.init(params))
+
     References:
       Gupta et al., `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018; blocks as in Anil et al.,
       `Scalable second order optimization <https://arxiv.org/abs/2002.09018>`_, 2020; Qiu et al.,

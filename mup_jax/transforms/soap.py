@@ -149,6 +149,11 @@ def scale_by_soap(
     Raises:
       ValueError: an option is out of range, or a leaf is not a matrix or has no side to rotate.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> tx = mup_jax.scale_by_soap(block_size=256)
+      >>> updates, state = tx.update(params, tx.init(params))
+
     References:
       Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.

@@ -65,6 +65,11 @@ def normalize_spectral_norm(
     Raises:
       ValueError: iterations < 1; at `init` or `update`, a leaf is not a matrix.
 
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> tx = optax.chain(mup_jax.scale_by_soap(), mup_jax.normalize_spectral_norm())
+      >>> updates, state = tx.update(params, tx.init(params))
+
     References:
       Qiu et al., `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
@@ -152,6 +157,11 @@ def normalize_rms(
 
     Raises:
       ValueError: at `update`, a leaf is not a matrix.
+
+    Example:
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> tx = mup_jax.normalize_rms()
+      >>> updates, state = tx.update(params, tx.init(params))
 
     References:
       Qiu et al., `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
