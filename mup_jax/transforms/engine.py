@@ -335,7 +335,7 @@ class _Engine:
     ) -> tuple[list[Any], jax.Array]:
         """The new states, and the number of rounds of all refreshes so far."""
         number = sum(len(flags) for flags in first)
-        entries = max(math.prod(x.shape[1:]) for x in jax.tree.leaves(states[0]))
+        entries = max((math.prod(x.shape[1:]) for x in jax.tree.leaves(states[0])), default=1)
         limit = max(1, _at_once(number * entries) // entries)
         frequency = self.schedule.frequency
 
@@ -349,9 +349,11 @@ class _Engine:
                 rounds_before=rounds,
             )
 
-        if frequency == 1 and rule.first_refresh is None:
-            return loop(rule.refresh, [a | b for a, b in zip(first, turn, strict=True)], limit, 1)
-        states, rounds = loop(rule.first_refresh or rule.refresh, first, limit, 0)
+        if rule.first_refresh is None:
+            due = [a | b for a, b in zip(first, turn, strict=True)]
+            at_once = limit if frequency == 1 else most_in_turn
+            return loop(rule.refresh, due, at_once, 1 / frequency)
+        states, rounds = loop(rule.first_refresh, first, limit, 0)
         return loop(rule.refresh, turn, most_in_turn, 1 / frequency)
 
 
