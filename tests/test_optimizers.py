@@ -166,7 +166,7 @@ RULES = {"adamw": rules.adam(), "lamb": rules.lamb(), "muon": rules.muon()}
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("scaling", ["1/width", "constant", "coupled", "none"])
+@pytest.mark.parametrize("scaling", ["1/width", "constant", "learning_rate", "none"])
 def test_weight_decay_scalings(name, scaling):
     """Of a parameter without a gradient, decay is all that is left."""
     options = {"hidden_only": False, **EXACT} if name == "muon" else {}
@@ -182,14 +182,14 @@ def test_weight_decay_scalings(name, scaling):
     got, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
     for key, w in PARAMS.items():
         rate = 0.5 * RULES[name].learning_rate(SHAPES[key])
-        factors = {"1/width": BASE / WIDTH, "constant": 1.0, "coupled": rate, "none": 0.0}
+        factors = {"1/width": BASE / WIDTH, "constant": 1.0, "learning_rate": rate, "none": 0.0}
         factor = 0.0 if key == "gain" else factors[scaling]
         np.testing.assert_allclose(got[key], -0.1 * 0.3 * factor * w, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_unknown_weight_decay_scaling(name):
-    with pytest.raises(ValueError, match=r"weight_decay_scaling='width'.*'coupled'"):
+    with pytest.raises(ValueError, match=r"weight_decay_scaling='width'.*'learning_rate'"):
         OPTIMIZERS[name](0.1, weight_decay_scaling="width")
 
 

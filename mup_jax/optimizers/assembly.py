@@ -19,7 +19,7 @@ from mup_jax.transforms.options import check_decays, check_not_negative
 Scalar = float | jax.Array
 Rate: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
 LearningRateScaling = Literal["mup", "constant", "1/width"]
-WeightDecayScaling = Literal["1/width", "constant", "coupled", "none"]
+WeightDecayScaling = Literal["1/width", "constant", "learning_rate", "none"]
 
 # What an absolute ε is called among the arguments of an optimizer.
 EPSILONS = ("eps", "adam_eps", "muon_eps")
@@ -62,7 +62,7 @@ class Assembly:
         *,
         normalize: optax.GradientTransformation | None = None,
     ) -> optax.GradientTransformation:
-        """The direction by its rule, normalized if so wanted, and coupled decay."""
+        """The direction by its rule, normalized if so wanted, and decay that η scales."""
         if normalize is not None:
             direction, rule = optax.chain(direction, normalize), rules.spectrally_normalized(rule)
         if self.learning_rate_scaling != "mup":
@@ -70,7 +70,7 @@ class Assembly:
         if not self.scale_epsilon:
             rule = rule.with_constant_epsilon()
         by_rule = direction if self.shapes is None else mup(direction, rule, self.shapes)
-        if self.weight_decay_scaling != "coupled":
+        if self.weight_decay_scaling != "learning_rate":
             return by_rule
         decay = add_independent_weight_decay(self.weight_decay, self.shapes, scaling=rule)
         return optax.chain(by_rule, decay)
@@ -103,7 +103,7 @@ class Assembly:
         if self.embedding_readout_learning_rate is not None:
             rate = self.route(scale(self.embedding_readout_learning_rate), hidden=rate)
         steps = [scaled, rate]
-        if self.weight_decay_scaling != "coupled":
+        if self.weight_decay_scaling != "learning_rate":
             steps.append(
                 add_independent_weight_decay(
                     self.weight_decay, self.shapes, scaling=self.weight_decay_scaling

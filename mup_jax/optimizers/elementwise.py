@@ -62,8 +62,8 @@ def adamw(
         "constant" the same at every size, which is standard parametrization; "1/width" by Adam's
         rule, whatever the optimizer. The last two do not transfer, and are there to show it.
       weight_decay_scaling: λ of a parameter: "1/width" over its width ratio (best for every
-        optimizer in Qiu et al.); "constant" the same at every size (Gupta et al.); "coupled" times
-        its η, as in `optax.adamw`; "none" no decay at all.
+        optimizer in Qiu et al.); "constant" the same at every size (Gupta et al.); "learning_rate"
+        times its η, as in `optax.adamw`; "none" no decay at all.
       scale_epsilon: whether ε follows its rule; otherwise it is the same at every size.
 
     Returns:

@@ -86,7 +86,7 @@ def add_independent_weight_decay(
 
     Place it after the learning rate and before the schedule and the sign, so that
     W ← W - s(t)·(η·u + λ·W). Placed before the learning rate, with the optimizer's rule as
-    `scaling`, it is coupled decay instead, as in `optax.adamw`: W ← W - s(t)·η·(u + λ·W).
+    `scaling`, decay is scaled by the learning rate, as in `optax.adamw`: W ← W - s(t)·η·(u + λ·W).
 
     Args:
       weight_decay: λ at the base width, per step; not multiplied by the learning rate.
@@ -113,8 +113,8 @@ def add_independent_weight_decay(
     """
     if not isinstance(scaling, Rule) and scaling not in get_args(IndependentScaling):
         raise ValueError(
-            f"scaling={scaling!r}: choose '1/width', 'constant' or 'none', or for coupled decay "
-            "give the optimizer's rule"
+            f"scaling={scaling!r}: choose '1/width', 'constant' or 'none', or for decay that is "
+            "scaled by the learning rate give the optimizer's rule"
         )
     if scaling == "none":
         return optax.identity()

@@ -26,7 +26,8 @@ def describe(
       shapes: from `infer_shapes`.
       rule: that of all parameters, or one for each role, as the optimizers that route parameters
         have it: `{"hidden": rules.muon(), "embedding": rules.adam(), ...}`.
-      weight_decay_scaling: as in `add_independent_weight_decay`; coupled decay has the factor of η.
+      weight_decay_scaling: as in `add_independent_weight_decay`; decay that is scaled by the
+        learning rate has the factor of η.
 
     Returns:
       Markdown, a line for each parameter: path, role, fans `d_in×d_out` in the base and here, and
@@ -177,8 +178,8 @@ follows `scale_epsilon`. Neither transfers.
 ## Weight decay
 
 Decay is λ·W beside η·u, independent of η, with λ ∝ 1/width by default, which [Q] find best for
-every optimizer; `weight_decay_scaling` of the optimizers can be `constant` as well ([G]), `coupled`
-(multiplied by η, as in `optax.adamw`), or `none`.
+every optimizer; `weight_decay_scaling` of the optimizers can be `constant` as well ([G]),
+`learning_rate` (λ times η, as in `optax.adamw`), or `none`.
 
 [Q]: https://arxiv.org/abs/2512.05620
 [G]: https://arxiv.org/abs/2602.20937

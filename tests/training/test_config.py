@@ -156,7 +156,12 @@ def test_numbers_that_mean_nothing(key, value):
         ("shampoo", "grafted", "no", "give bool"),
         ("shampoo", "stagger", 1, "give bool"),
         ("muon", "variant", "q", "choose one of qiu, rms_matching"),
-        ("lion", "weight_decay_scaling", None, "choose one of 1/width, constant, coupled, none"),
+        (
+            "lion",
+            "weight_decay_scaling",
+            None,
+            "choose one of 1/width, constant, learning_rate, none",
+        ),
     ],
 )
 def test_options_that_mean_nothing(name, option, value, remedy):

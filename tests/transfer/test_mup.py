@@ -272,7 +272,7 @@ def test_a_mask_says_what_decays(shapes):
     assert got == pytest.approx({key: 0.6 * decays for key, decays in mask.items()}, abs=1e-6)
 
 
-def test_coupled_weight_decay_stands_before_the_learning_rate():
+def test_weight_decay_scaled_by_the_learning_rate_stands_before_the_learning_rate():
     decay = add_independent_weight_decay(0.6, VECTOR_SHAPES, scaling=rules.muon())
     chain = optax.chain(decay, optax.scale(0.5))
     zero = jax.tree.map(jnp.zeros_like, VECTOR)
@@ -301,8 +301,8 @@ def test_weight_decay_needs_parameters_and_a_known_scaling():
     transformation = add_independent_weight_decay(0.1)
     with pytest.raises(ValueError, match="needs the parameters"):
         transformation.update(PARAMS, transformation.init(PARAMS))
-    with pytest.raises(ValueError, match=r"'coupled'.*'1/width'.*rule"):
-        add_independent_weight_decay(0.1, scaling="coupled")
+    with pytest.raises(ValueError, match=r"'width'.*'1/width'.*rule"):
+        add_independent_weight_decay(0.1, scaling="width")
     transformation = add_independent_weight_decay(0.1, SHAPES)
     with pytest.raises(ValueError, match="infer_shapes"):
         transformation.update(VECTOR, transformation.init(VECTOR), VECTOR)
