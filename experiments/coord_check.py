@@ -29,8 +29,9 @@ from mup_jax.analysis.coordinates import finding, markdown, title, verdict
 from mup_jax.models.llama import LlamaConfig
 from mup_jax.training import config as config_lib
 from mup_jax.training import default_config, validate
+from mup_jax.training.files import write_atomically
 from mup_jax.training.mesh import make_mesh
-from mup_jax.training.metrics import finite_or_none, write_atomically
+from mup_jax.training.metrics import finite_or_none
 from mup_jax.training.program import WEIGHT_DIMENSION_NUMBERS, Hyperparameters, make_program
 from mup_jax.training.record import provenance
 

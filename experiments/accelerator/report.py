@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.accelerator.session import Column, Entry, Part, Row, Rows, Session
-from mup_jax.training.metrics import write_atomically
+from mup_jax.training.files import write_atomically
 
 
 def number(title: str, key: str, text: str = "{:.1f}", scale: float = 1.0) -> Column:

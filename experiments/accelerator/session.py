@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mup_jax.training.metrics import read_lines, write_atomically
+from mup_jax.training.files import read_lines, write_atomically
 
 Row = dict[str, Any]
 Rows = Mapping[str, Row]

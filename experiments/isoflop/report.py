@@ -8,7 +8,7 @@ from experiments.cells.cell import Results, without_machine
 from experiments.isoflop.plan import IsoFlop, Model
 from mup_jax.analysis.isoflop_figure import write_isoflop_figure
 from mup_jax.analysis.isoflop_report import add_summaries, markdown
-from mup_jax.training.metrics import write_atomically
+from mup_jax.training.files import write_atomically
 
 # What of a run's record all runs have in common.
 _PROVENANCE = ("device", "versions", "corpus")

@@ -12,7 +12,7 @@ from experiments.ladder.schedule import needed_parts
 from mup_jax import analysis
 from mup_jax.analysis import figures
 from mup_jax.analysis.page import html_page
-from mup_jax.training.metrics import read_lines, write_atomically
+from mup_jax.training.files import read_lines, write_atomically
 
 _RESULTS = "results.jsonl"
 

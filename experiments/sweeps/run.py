@@ -22,7 +22,7 @@ from mup_jax.analysis.sweeps import (
     markdown,
 )
 from mup_jax.training import claim_workdir
-from mup_jax.training.metrics import write_atomically
+from mup_jax.training.files import write_atomically
 
 # What of a run's record all runs of a sweep have in common.
 _PROVENANCE = ("device", "versions", "corpus")

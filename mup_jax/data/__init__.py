@@ -12,7 +12,8 @@ from mup_jax.data.pipeline import (
     vocab_size,
 )
 from mup_jax.data.stream import TokenStream
-from mup_jax.data.tokenizer import CharTokenizer, Tokenizer, make_tokenizer
+from mup_jax.data.tokenizer import CharTokenizer, make_tokenizer
+from mup_jax.data.tokens import Tokenizer
 
 __all__ = [
     "Batch",

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mup_jax.data.tokenizer import GPT2_VOCABULARY, Ids, token_dtype
+from mup_jax.data.packages import missing_package
+from mup_jax.data.tokens import GPT2_VOCABULARY, Ids, token_dtype
 
 END_OF_TEXT = "<|endoftext|>"
 # The first that a tokenizer has ends its documents. Gemma has "</s>" too, for HTML, and chat models
@@ -26,10 +27,6 @@ _ENDS = (
     "[SEP]",
 )
 _BYTES = 256
-
-
-def missing_package(package: str, purpose: str) -> ValueError:
-    return ValueError(f"{purpose} needs the package {package}: pip install 'mup_jax[data]'")
 
 
 class Gpt2Tokenizer:

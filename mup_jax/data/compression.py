@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import IO
 
-from mup_jax.data.bpe import missing_package
+from mup_jax.data.packages import missing_package
 
 # Imported when they are needed: not every Python was built with all of them.
 _MODULES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}

@@ -18,7 +18,7 @@ from mup_jax.data.stream import (
     file_system,
     is_url,
 )
-from mup_jax.data.tokenizer import token_dtype
+from mup_jax.data.tokens import token_dtype
 
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"

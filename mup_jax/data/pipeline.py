@@ -22,7 +22,8 @@ from mup_jax.data.corpus import (
 )
 from mup_jax.data.manifest import Manifest, read_manifest, streams
 from mup_jax.data.stream import TokenStream, binary_files
-from mup_jax.data.tokenizer import Ids, Tokenizer, make_tokenizer, vocab_size_of
+from mup_jax.data.tokenizer import make_tokenizer, vocab_size_of
+from mup_jax.data.tokens import Ids, Tokenizer
 
 Batch = dict[str, NDArray[np.int32]]
 

@@ -23,7 +23,8 @@ from mup_jax.data.manifest import SIDES, Entry, Manifest
 from mup_jax.data.shard_writer import ShardWriter
 from mup_jax.data.sources import Part, Source, parse_source
 from mup_jax.data.stream import FORMATS, Format
-from mup_jax.data.tokenizer import Tokenizer, make_tokenizer, token_dtype, vocab_size_of
+from mup_jax.data.tokenizer import make_tokenizer, vocab_size_of
+from mup_jax.data.tokens import Tokenizer, token_dtype
 
 _PLAN = "prepare.json"
 _PARTS = "parts"

@@ -17,8 +17,8 @@ import argparse
 import os
 import sys
 
-from mup_jax.data.bpe import missing_package
 from mup_jax.data.manifest import SIDES, damaged_files, read_manifest
+from mup_jax.data.packages import missing_package
 from mup_jax.data.preparation import Arguments, end_of_document, prepare
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mup_jax.data.bpe import missing_package
 from mup_jax.data.manifest import Entry
+from mup_jax.data.packages import missing_package
 from mup_jax.data.stream import SUFFIX, TOKENS_OF_RECORD, Format
-from mup_jax.data.tokenizer import Ids
+from mup_jax.data.tokens import Ids
 
 
 class ShardWriter:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from mup_jax.data.bpe import missing_package
 from mup_jax.data.compression import read_lines
 from mup_jax.data.corpus import Document, matching_files, read_text, standard_library
+from mup_jax.data.packages import missing_package
 
 # Small files are read together: each part leaves a file or two.
 _BYTES_OF_PART = 32 * 2**20

@@ -11,9 +11,9 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from mup_jax.data.bpe import missing_package
 from mup_jax.data.corpus import matching_files
-from mup_jax.data.tokenizer import Ids, check_ids, token_dtype
+from mup_jax.data.packages import missing_package
+from mup_jax.data.tokens import Ids, check_ids, token_dtype
 
 Format = Literal["flat", "arrayrecord"]
 FORMATS: tuple[Format, ...] = ("flat", "arrayrecord")

@@ -12,7 +12,7 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from mup_jax.training import distributed
-from mup_jax.training.metrics import write_atomically
+from mup_jax.training.files import write_atomically
 from mup_jax.training.program import TrainState
 
 _KEPT = 2

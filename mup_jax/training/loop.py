@@ -18,8 +18,9 @@ from mup_jax.training import config as config_lib
 from mup_jax.training import distributed
 from mup_jax.training.checkpoint import Checkpoints, load_params
 from mup_jax.training.feed import Feed
+from mup_jax.training.files import write_atomically
 from mup_jax.training.mesh import make_mesh
-from mup_jax.training.metrics import Line, MetricsWriter, Observer, write_atomically
+from mup_jax.training.metrics import Line, MetricsWriter, Observer
 from mup_jax.training.program import Hyperparameters, Program, TrainState, make_program
 from mup_jax.training.record import run_record
 from mup_jax.training.throughput import Progress, step_times, utilization

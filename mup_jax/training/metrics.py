@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,28 +14,10 @@ import jax
 import numpy as np
 
 from mup_jax.training import distributed
+from mup_jax.training.files import read_lines, write_atomically
 
 Line = dict[str, Any]
 Observer = Callable[[Line], None]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file; one that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    complete = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines()]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is complete or absent, whenever the process is killed."""
-    # Processes on several hosts may have the same number.
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def finite_or_none(value: Any) -> float | None:

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mup_jax.data import make_tokenizer
-from mup_jax.data.tokenizer import token_dtype, vocab_size_of
+from mup_jax.data.tokenizer import vocab_size_of
+from mup_jax.data.tokens import token_dtype
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 

@@ -9,7 +9,8 @@ import pytest
 from experiments import monitors
 from experiments.train import parse_steps
 from mup_jax.training import distributed, identity
-from mup_jax.training.metrics import MetricsWriter, read_lines
+from mup_jax.training.files import read_lines
+from mup_jax.training.metrics import MetricsWriter
 from tests.training.tiny import tiny_config
 
 LINES = {

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from mup_jax.training.metrics import read_lines
+from mup_jax.training.files import read_lines
 
 ROOT = Path(__file__).parents[2]
 

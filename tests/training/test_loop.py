@@ -8,7 +8,7 @@ import pytest
 from mup_jax.data import pipeline
 from mup_jax.training import CheckpointError, loop, train
 from mup_jax.training.feed import Feed
-from mup_jax.training.metrics import read_lines
+from mup_jax.training.files import read_lines
 from tests.training.tiny import STEPS, mesh_of, tiny_config
 
 # What mup_jax.analysis reads of a cell; the ladder adds "cell" and "rung".

@@ -4,7 +4,8 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from mup_jax.training.metrics import MetricsWriter, finite_or_none, read_lines, write_atomically
+from mup_jax.training.files import read_lines, write_atomically
+from mup_jax.training.metrics import MetricsWriter, finite_or_none
 
 
 def steps_in(path):
