@@ -11,8 +11,8 @@ import pytest
 import mup_jax
 
 FUNCTIONS = [n for n in mup_jax.__all__ if inspect.isfunction(getattr(mup_jax, n))]
-# Its subject is a model at several widths; the README has an example.
-WITHOUT = ["coord_check", "scale_by_sophia_g", "scale_by_blocks"]
+# Their subject is a model and its loss; README, and `sophia`, have examples.
+WITHOUT = ["coord_check", "scale_by_sophia_g"]
 
 
 @pytest.mark.parametrize("name", [*(n for n in FUNCTIONS if n not in WITHOUT), "BlockRule"])

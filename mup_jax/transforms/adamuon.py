@@ -11,7 +11,7 @@ from mup_jax.transforms.linalg import Orthogonalizer, check_orthogonalizer, orth
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.options import check_decays, check_not_negative
 from mup_jax.transforms.rule import BlockRule
-from mup_jax.transforms.statistics import bias_correction, ema
+from mup_jax.transforms.statistics import bias_correction, ema, momentum
 
 
 class AdaMuonState(NamedTuple):
@@ -76,8 +76,7 @@ def scale_by_adamuon(
     def direction(
         gradient: jax.Array, state: AdaMuonState, step: jax.Array
     ) -> tuple[jax.Array, AdaMuonState]:
-        mu = ema(state.mu, gradient, b1)
-        ahead = ema(mu, gradient, b1) if nesterov else mu
+        mu, ahead = momentum(state.mu, gradient, b1, nesterov)
         polar = orthogonalize(ahead, orthogonalizer, ns_steps=ns_steps, eps=muon_eps)
         nu = ema(state.nu, jnp.square(polar), b2)
         size = jnp.sqrt(nu / bias_correction(b2, step))

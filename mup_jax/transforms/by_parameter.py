@@ -14,7 +14,6 @@ from mup_jax.transforms.groups import (
     GroupMembers,
     Groups,
     MatrixGroups,
-    axis_names,
     describe,
 )
 from mup_jax.transforms.matrices import (
@@ -23,6 +22,7 @@ from mup_jax.transforms.matrices import (
     dimension_numbers,
     matrix_layout,
 )
+from mup_jax.transforms.mesh import axis_names
 
 _OTHER_STATE = "the state is not of this optimizer and these parameters"
 

@@ -14,17 +14,12 @@ import optax
 
 from mup_jax.transforms.blocking import Blocking, Segment, Sides
 from mup_jax.transforms.groups import Groups, MatrixGroups
+from mup_jax.transforms.loops import at_once_of, check_alike, in_parts, refresh_where
 from mup_jax.transforms.matrices import PyTree, WeightDimensionNumbers
 from mup_jax.transforms.options import check_static, check_steps
 from mup_jax.transforms.platforms import FLOOR
 from mup_jax.transforms.rule import AnyRule, Block, BlockRule, rule_for
-from mup_jax.transforms.schedule import (
-    Positions,
-    RefreshSchedule,
-    check_alike,
-    passed_on,
-    refresh_where,
-)
+from mup_jax.transforms.schedule import Positions, RefreshSchedule
 from mup_jax.transforms.sharding_plan import (
     IN,
     OUT,
@@ -34,16 +29,6 @@ from mup_jax.transforms.sharding_plan import (
     StateArray,
     plan_sharding,
 )
-
-# Work on many entries is done an eighth at a time, so that what it needs beside gradients and state
-# is small; but not on fewer at once than the first of these, 4 MiB an array, nor on more than the
-# second.
-_AT_ONCE = (2**20, 2**23)
-_PARTS = 8
-
-
-def _at_once(entries: int) -> int:
-    return max(_AT_ONCE[0], min(_AT_ONCE[1], entries // _PARTS))
 
 
 class Blocks(NamedTuple):
@@ -154,36 +139,6 @@ def _where(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(choose, new, old)
 
 
-def _in_parts(
-    function: Callable[[Any, Any], tuple[Any, Any]], entries: int, state: PyTree, inputs: PyTree
-) -> tuple[PyTree, PyTree]:
-    """`function(state, inputs) -> (outputs, state)` on parts of the first axis, if there is much.
-
-    The state is changed in place, so that a part at a time is in memory beside it.
-    """
-    n = len(jax.tree.leaves(inputs)[0])
-    sizes = (size for size in range(n, 0, -1) if n % size == 0)
-    size = next((size for size in sizes if size * entries <= n * _at_once(entries)), 1)
-    if size == n:
-        return function(state, inputs)
-    kept, abstract = passed_on(function, state, inputs)
-    changing, rest = kept.split(state)
-
-    def one_part(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        take = lambda tree: jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), tree
-        )
-        put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0)
-        outputs, changing = carry
-        part, new = function(take(kept.join(changing, rest)), take(inputs))
-        new, _ = kept.split(new)
-        return jax.tree.map(put, outputs, part), jax.tree.map(put, changing, new)
-
-    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-    outputs, changing = jax.lax.fori_loop(0, n // size, one_part, (outputs, changing))
-    return outputs, kept.join(changing, rest)
-
-
 @dataclass(frozen=True)
 class _Engine:
     """One step of a rule on a device's part of all groups."""
@@ -221,14 +176,14 @@ class _Engine:
             for key, gradient in gradients.items():
                 accumulate = partial(self._accumulate, pieces[key], step)
                 inputs = (gradient, healthy[key])
-                _, blocks[key] = _in_parts(accumulate, gradient.size, before[key], inputs)
+                _, blocks[key] = in_parts(accumulate, gradient.size, before[key], inputs)
         with jax.named_scope("refresh"):
             blocks = self._refresh(pieces, healthy, before, blocks, steps_before)
         with jax.named_scope("direction"):
             for key, gradient in gradients.items():
                 direct = partial(self._direct, pieces[key], step)
                 inputs = (gradient, healthy[key])
-                directions[key], blocks[key] = _in_parts(direct, gradient.size, blocks[key], inputs)
+                directions[key], blocks[key] = in_parts(direct, gradient.size, blocks[key], inputs)
         return directions, blocks
 
     def _split(
@@ -336,7 +291,7 @@ class _Engine:
         """The new states, and the number of rounds of all refreshes so far."""
         number = sum(len(flags) for flags in first)
         entries = max((math.prod(x.shape[1:]) for x in jax.tree.leaves(states[0])), default=1)
-        limit = max(1, _at_once(number * entries) // entries)
+        limit = max(1, at_once_of(number * entries) // entries)
         frequency = self.schedule.frequency
 
         def loop(refresh: Any, due: list[jax.Array], at_once: int, share: float) -> Any:
@@ -394,7 +349,16 @@ def scale_by_blocks(
         side to precondition.
 
     Example:
-      See `mup_jax.BlockRule`.
+      Gradients over the norms of their blocks; `mup_jax.BlockRule` has one that keeps something.
+
+      >>> def unit(gradient, state, step):
+      ...     return gradient / (jnp.linalg.norm(gradient) + 1e-8), state
+      >>> rule = mup_jax.BlockRule(lambda shape: (), unit)
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> tx = mup_jax.scale_by_blocks(rule, block_size=2)
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> print(f"{updates['w'][0, 0]:.3f}")
+      0.500
     """
     check_static(
         block_size=block_size,

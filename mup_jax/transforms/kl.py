@@ -21,8 +21,8 @@ from mup_jax.transforms.statistics import (
     Factors,
     ema,
     make_factors,
-    map_factors,
     multiply_sides,
+    new_bases,
     pack,
     packed_zeros,
     unpack,
@@ -114,19 +114,13 @@ def accumulate_factors(
     return KLFactors(Factors(s_in, s_out), factors.bases, Factors(l_in, l_out), weight)
 
 
-def refresh_factors(
-    factors: KLFactors, find: Callable[[jax.Array, jax.Array], jax.Array]
-) -> KLFactors:
-    """New bases, by `find(statistic, previous basis)`, and the eigenvalues in them."""
-
-    def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
-        new = find(unpack(statistic), previous.astype(jnp.float32))
-        return new.astype(previous.dtype)
+def refresh_factors(factors: KLFactors, *, exact: bool) -> KLFactors:
+    """New bases, as by `new_bases`, and the eigenvalues in them."""
 
     def diagonal(statistic: jax.Array, basis: jax.Array) -> jax.Array:
         basis = basis.astype(jnp.float32)
         return jnp.sum(basis * matmul(unpack(statistic), basis), axis=-2, keepdims=True)
 
-    bases = map_factors(basis, factors.statistics, factors.bases)
+    bases = new_bases(factors.statistics, factors.bases, exact=exact)
     eigenvalues = jax.tree.map(diagonal, factors.statistics, bases)
     return factors._replace(bases=bases, eigenvalues=eigenvalues)

@@ -1,5 +1,6 @@
 """KL-Shampoo and KL-SOAP: Shampoo and SOAP whose factors see gradients whitened by each other."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,9 +16,8 @@ from mup_jax.transforms.kl import (
     refresh_factors,
     scale_sides,
 )
-from mup_jax.transforms.linalg import eigenbasis, refine_eigenbasis
 from mup_jax.transforms.matrices import WeightDimensionNumbers
-from mup_jax.transforms.options import check_decays, check_not_negative, check_static, check_steps
+from mup_jax.transforms.options import check_decays, check_not_negative, check_preconditioner
 from mup_jax.transforms.rule import Block, BlockRule
 from mup_jax.transforms.soap import adam_in_bases, carry
 from mup_jax.transforms.statistics import bias_correction, ema, multiply_sides
@@ -36,11 +36,6 @@ class KLSoapState(NamedTuple):
     mu: jax.Array
     nu: jax.Array  # second moment, in the bases
     factors: KLFactors
-
-
-def _first(statistic: jax.Array, previous: jax.Array) -> jax.Array:
-    del previous
-    return eigenbasis(statistic)
 
 
 def scale_by_kl_shampoo(
@@ -104,10 +99,15 @@ def scale_by_kl_shampoo(
     References:
       Lin et al., `KL-Shampoo <https://arxiv.org/abs/2509.03378>`_, 2025.
     """
-    check_static(preconditioner_dtype=preconditioner_dtype)
+    check_preconditioner(
+        precondition_frequency=precondition_frequency,
+        exact_steps=exact_steps,
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        preconditioner_dtype=preconditioner_dtype,
+    )
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
-    check_steps(exact_steps=exact_steps)
 
     def make_rule(block: Block) -> BlockRule:
         def init(shape: tuple[int, int]) -> KLShampooState:
@@ -119,13 +119,11 @@ def scale_by_kl_shampoo(
             factors = accumulate_factors(g, state.factors, block, b2, eps)
             return state._replace(factors=factors)
 
-        def refresh(state: KLShampooState, step: jax.Array) -> KLShampooState:
+        def refresh(
+            state: KLShampooState, step: jax.Array, *, exact: bool = False
+        ) -> KLShampooState:
             del step
-            return state._replace(factors=refresh_factors(state.factors, refine_eigenbasis))
-
-        def first_refresh(state: KLShampooState, step: jax.Array) -> KLShampooState:
-            del step
-            return state._replace(factors=refresh_factors(state.factors, _first))
+            return state._replace(factors=refresh_factors(state.factors, exact=exact))
 
         def direction(
             g: jax.Array, state: KLShampooState, step: jax.Array
@@ -138,7 +136,7 @@ def scale_by_kl_shampoo(
             update = jnp.where(state.factors.weight > 0, back / bias_correction(b1, step), 0.0)
             return update, state._replace(mu=mu)
 
-        return BlockRule(init, direction, accumulate, refresh, first_refresh)
+        return BlockRule(init, direction, accumulate, refresh, partial(refresh, exact=True))
 
     return scale_by_blocks(
         make_rule,
@@ -201,10 +199,15 @@ def scale_by_kl_soap(
     References:
       Lin et al., `KL-Shampoo <https://arxiv.org/abs/2509.03378>`_, 2025.
     """
-    check_static(preconditioner_dtype=preconditioner_dtype)
+    check_preconditioner(
+        precondition_frequency=precondition_frequency,
+        exact_steps=exact_steps,
+        block_size=block_size,
+        max_preconditioner_dim=max_preconditioner_dim,
+        preconditioner_dtype=preconditioner_dtype,
+    )
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps, factor_eps=factor_eps)
-    check_steps(exact_steps=exact_steps)
 
     def make_rule(block: Block) -> BlockRule:
         def init(shape: tuple[int, int]) -> KLSoapState:
@@ -217,17 +220,11 @@ def scale_by_kl_soap(
             factors = accumulate_factors(g, state.factors, block, b2, factor_eps)
             return state._replace(factors=factors)
 
-        def move(state: KLSoapState, factors: KLFactors) -> KLSoapState:
+        def refresh(state: KLSoapState, step: jax.Array, *, exact: bool = False) -> KLSoapState:
+            del step
+            factors = refresh_factors(state.factors, exact=exact)
             nu = carry(state.nu, state.factors.bases, factors.bases)
             return state._replace(nu=nu, factors=factors)
-
-        def refresh(state: KLSoapState, step: jax.Array) -> KLSoapState:
-            del step
-            return move(state, refresh_factors(state.factors, refine_eigenbasis))
-
-        def first_refresh(state: KLSoapState, step: jax.Array) -> KLSoapState:
-            del step
-            return move(state, refresh_factors(state.factors, _first))
 
         def direction(
             g: jax.Array, state: KLSoapState, step: jax.Array
@@ -237,7 +234,7 @@ def scale_by_kl_soap(
             )
             return update, state._replace(mu=mu, nu=nu)
 
-        return BlockRule(init, direction, accumulate, refresh, first_refresh)
+        return BlockRule(init, direction, accumulate, refresh, partial(refresh, exact=True))
 
     return scale_by_blocks(
         make_rule,

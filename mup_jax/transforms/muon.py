@@ -13,7 +13,7 @@ from mup_jax.transforms.linalg import Orthogonalizer, check_orthogonalizer, orth
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.options import check_decays, check_not_negative
 from mup_jax.transforms.rule import BlockRule
-from mup_jax.transforms.statistics import ema
+from mup_jax.transforms.statistics import momentum
 
 ShapeFactor = Literal["none", "spectral", "jordan", "rms"]
 SHAPE_FACTORS: dict[str, Callable[[int, int], float]] = {
@@ -91,8 +91,8 @@ def scale_by_muon(
       A transformation of gradients into updates of the same shapes and dtypes.
 
     Raises:
-      ValueError: an unknown orthogonalizer or shape factor, or a number of steps that it does not
-        have; at `init` or `update`, a leaf is not a matrix.
+      ValueError: an unknown orthogonalizer or shape factor, or a number of steps, a Gram form or a
+        `compute_dtype` that it does not have; at `init` or `update`, a leaf is not a matrix.
 
     Example:
       >>> params = {"layers": jnp.ones((3, 6, 4))}
@@ -103,7 +103,7 @@ def scale_by_muon(
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
-    check_orthogonalizer(orthogonalizer, ns_steps)
+    check_orthogonalizer(orthogonalizer, ns_steps, gram_form, compute_dtype)
     check_decays(beta=beta)
     check_not_negative(eps=eps)
     if shape_factor not in SHAPE_FACTORS:
@@ -116,8 +116,7 @@ def scale_by_muon(
         gradient: jax.Array, state: MuonState, step: jax.Array
     ) -> tuple[jax.Array, MuonState]:
         del step
-        mu = ema(state.mu.astype(jnp.float32), gradient, beta)
-        ahead = ema(mu, gradient, beta) if nesterov else mu
+        mu, ahead = momentum(state.mu.astype(jnp.float32), gradient, beta, nesterov)
         polar = orthogonalize(
             ahead,
             orthogonalizer,

@@ -12,7 +12,7 @@ from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.options import check_decays, check_not_negative
 from mup_jax.transforms.platforms import FLOOR
 from mup_jax.transforms.rule import BlockRule
-from mup_jax.transforms.statistics import ema
+from mup_jax.transforms.statistics import ema, momentum
 
 
 class NorMuonState(NamedTuple):
@@ -80,8 +80,7 @@ def scale_by_normuon(
         gradient: jax.Array, state: NorMuonState, step: jax.Array
     ) -> tuple[jax.Array, NorMuonState]:
         del step
-        mu = ema(state.mu, gradient, b1)
-        ahead = ema(mu, gradient, b1) if nesterov else mu
+        mu, ahead = momentum(state.mu, gradient, b1, nesterov)
         polar = orthogonalize(ahead, orthogonalizer, ns_steps=ns_steps, eps=muon_eps)
         nu = ema(state.nu, jnp.mean(jnp.square(polar), axis=0, keepdims=True), b2)
         normalized = polar / jnp.maximum(jnp.sqrt(nu) + eps, FLOOR)

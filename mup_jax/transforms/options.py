@@ -20,6 +20,17 @@ def check_static(**options: Any) -> None:
             )
 
 
+def check_preconditioner(*, precondition_frequency: int, exact_steps: int, **options: Any) -> None:
+    """As `check_static`, of what says which blocks are refreshed when, and their numbers of steps.
+
+    Raises:
+      ValueError: an option is an array, or a number of steps is not positive.
+    """
+    steps = {"precondition_frequency": precondition_frequency, "exact_steps": exact_steps}
+    check_static(**steps, **options)
+    check_steps(**steps)
+
+
 def check_decays(**options: Any) -> None:
     """Refuses factors of moving averages outside [0, 1); traced ones pass.
 

@@ -98,10 +98,18 @@ def quintic_coefficients(method: Orthogonalizer, ns_steps: int | None = None) ->
     ]
 
 
-def check_orthogonalizer(method: Orthogonalizer, ns_steps: int | None = None) -> None:
+def check_orthogonalizer(
+    method: Orthogonalizer,
+    ns_steps: int | None = None,
+    gram_form: bool | None = None,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> None:
     """Raises the ValueError of `orthogonalize`, before there is a matrix."""
     if method != "svd":
         quintic_coefficients(method, ns_steps)
+    if jnp.dtype(compute_dtype) != jnp.float32 and (method == "svd" or gram_form):
+        what = "orthogonalizer='svd'" if method == "svd" else "gram_form=True"
+        raise ValueError(f"compute_dtype={jnp.dtype(compute_dtype)}: {what} needs float32")
 
 
 def _normalize(x: jax.Array, eps: float) -> jax.Array:
@@ -198,11 +206,7 @@ def orthogonalize(
       ValueError: an unknown method, a number of steps that it does not have, or a `compute_dtype`
         that "svd" or the Gram form cannot have.
     """
-    check_orthogonalizer(method, ns_steps)
-    lower = jnp.dtype(compute_dtype) != jnp.float32
-    if lower and (method == "svd" or gram_form):
-        what = "orthogonalizer='svd'" if method == "svd" else "gram_form=True"
-        raise ValueError(f"compute_dtype={jnp.dtype(compute_dtype)}: {what} needs float32")
+    check_orthogonalizer(method, ns_steps, gram_form, compute_dtype)
     x = x.astype(jnp.float32)
     if method == "svd":
         return _by_svd(x)
@@ -212,7 +216,7 @@ def orthogonalize(
     coefficients = quintic_coefficients(method, ns_steps)
     plain = functools.partial(_iterate, coefficients)
     in_gram_form = functools.partial(_iterate_gram, coefficients)
-    if lower:
+    if jnp.dtype(compute_dtype) != jnp.float32:
         x = plain(x.astype(compute_dtype)).astype(jnp.float32)
     elif gram_form is None and x.shape[-1] >= _GRAM_FORM_PAYS_FROM * x.shape[-2]:
         x = by_platform(x, cpu=in_gram_form, gpu=plain, tpu=plain)

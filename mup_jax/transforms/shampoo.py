@@ -14,8 +14,7 @@ from mup_jax.transforms.options import (
     check_decays,
     check_not_negative,
     check_positive,
-    check_static,
-    check_steps,
+    check_preconditioner,
 )
 from mup_jax.transforms.rule import Block, BlockRule
 from mup_jax.transforms.statistics import (
@@ -111,16 +110,15 @@ def scale_by_shampoo(
       `Scalable second order optimization <https://arxiv.org/abs/2002.09018>`_, 2020; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
-    check_static(
+    check_preconditioner(
         precondition_frequency=precondition_frequency,
+        exact_steps=exact_steps,
         block_size=block_size,
         max_preconditioner_dim=max_preconditioner_dim,
         preconditioner_dtype=preconditioner_dtype,
-        exact_steps=exact_steps,
     )
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
-    check_steps(precondition_frequency=precondition_frequency, exact_steps=exact_steps)
     check_positive(exponent=exponent)
 
     def make_rule(block: Block) -> BlockRule:

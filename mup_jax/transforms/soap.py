@@ -1,6 +1,6 @@
 """SOAP: Adam in the eigenbasis of Shampoo's statistics."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,20 +9,12 @@ import optax
 
 from mup_jax.transforms.blocking import Sides
 from mup_jax.transforms.engine import scale_by_blocks
-from mup_jax.transforms.linalg import (
-    FLOOR,
-    ROUNDING,
-    eigenbasis,
-    identity,
-    matmul,
-    refine_eigenbasis,
-)
+from mup_jax.transforms.linalg import FLOOR, ROUNDING, identity, matmul
 from mup_jax.transforms.matrices import WeightDimensionNumbers
 from mup_jax.transforms.options import (
     check_decays,
     check_not_negative,
-    check_static,
-    check_steps,
+    check_preconditioner,
 )
 from mup_jax.transforms.rule import Block, BlockRule
 from mup_jax.transforms.statistics import (
@@ -30,11 +22,10 @@ from mup_jax.transforms.statistics import (
     bias_correction,
     ema,
     make_factors,
-    map_factors,
     multiply_sides,
+    new_bases,
     packed_grams,
     packed_zeros,
-    unpack,
 )
 
 
@@ -158,16 +149,15 @@ def scale_by_soap(
       Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024; Qiu et al.,
       `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025.
     """
-    check_static(
+    check_preconditioner(
         precondition_frequency=precondition_frequency,
+        exact_steps=exact_steps,
         block_size=block_size,
         max_preconditioner_dim=max_preconditioner_dim,
         preconditioner_dtype=preconditioner_dtype,
-        exact_steps=exact_steps,
     )
     check_decays(b1=b1, b2=b2)
     check_not_negative(eps=eps)
-    check_steps(precondition_frequency=precondition_frequency, exact_steps=exact_steps)
 
     def make_rule(block: Block) -> BlockRule:
         def init(shape: tuple[int, int]) -> SoapState:
@@ -181,17 +171,10 @@ def scale_by_soap(
             average = lambda old, new: ema(old, new, b2)
             return state._replace(statistics=jax.tree.map(average, state.statistics, grams))
 
-        def refresh_by(find: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
-            def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
-                new = find(unpack(statistic), previous.astype(jnp.float32))
-                return new.astype(previous.dtype)
-
-            def refresh(state: SoapState, step: jax.Array) -> SoapState:
-                del step
-                bases = map_factors(basis, state.statistics, state.bases)
-                return state._replace(bases=bases, nu=carry(state.nu, state.bases, bases))
-
-            return refresh
+        def refresh(state: SoapState, step: jax.Array, *, exact: bool = False) -> SoapState:
+            del step
+            bases = new_bases(state.statistics, state.bases, exact=exact)
+            return state._replace(bases=bases, nu=carry(state.nu, state.bases, bases))
 
         def direction(
             gradient: jax.Array, state: SoapState, step: jax.Array
@@ -201,13 +184,7 @@ def scale_by_soap(
             )
             return update, state._replace(mu=mu, nu=nu)
 
-        return BlockRule(
-            init,
-            direction,
-            accumulate,
-            refresh_by(refine_eigenbasis),
-            first_refresh=refresh_by(lambda statistic, _: eigenbasis(statistic)),
-        )
+        return BlockRule(init, direction, accumulate, refresh, partial(refresh, exact=True))
 
     return scale_by_blocks(
         make_rule,

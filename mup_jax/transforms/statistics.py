@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mup_jax.transforms.linalg import eigenbasis, refine_eigenbasis
 from mup_jax.transforms.platforms import after, matmul
 from mup_jax.transforms.rule import Block
 
@@ -63,6 +64,25 @@ def map_factors(function: Callable[..., jax.Array], *factors: Factors) -> Factor
 def ema(old: jax.Array, new: jax.Array, decay: float | jax.Array) -> jax.Array:
     """decay·old + (1 - decay)·new."""
     return decay * old + (1 - decay) * new
+
+
+def momentum(
+    mu: jax.Array, gradient: jax.Array, decay: float | jax.Array, nesterov: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The new average of gradients, and what to take for it: with `nesterov` a step ahead of it."""
+    mu = ema(mu, gradient, decay)
+    return mu, ema(mu, gradient, decay) if nesterov else mu
+
+
+def new_bases(statistics: Factors, bases: Factors, *, exact: bool) -> Factors:
+    """Eigenvectors of packed statistics, exact or by a step from the bases before."""
+
+    def basis(statistic: jax.Array, previous: jax.Array) -> jax.Array:
+        whole = unpack(statistic)
+        refine = lambda: refine_eigenbasis(whole, previous.astype(jnp.float32))
+        return (eigenbasis(whole) if exact else refine()).astype(previous.dtype)
+
+    return map_factors(basis, statistics, bases)
 
 
 def bias_correction(decay: float | jax.Array, count: jax.Array) -> jax.Array:
