@@ -75,7 +75,7 @@ def get_config(size: str = "small") -> ConfigDict:
     train.checkpoint_every = 500 if size == "full" else 0
 
     blocks = {"block_size": _BLOCK_SIZES[size]}
-    options = {"adamw": {}, "muon": {}, "shampoo": blocks, "soap": blocks}
+    options = {"adamw": {}, "muon": {}, "shampoo": {"b1": 0.95, **blocks}, "soap": blocks}
     config.optimizers = {
         name: {
             **default_optimizer(),

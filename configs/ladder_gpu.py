@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     train.update(warmup_tokens=10 * 64 * 256, eval_batches=32, checkpoint_every=500)
 
     blocks = {"block_size": BASE_WIDTH}
-    options = {"adamw": {}, "muon": {}, "shampoo": blocks, "soap": blocks}
+    options = {"adamw": {}, "muon": {}, "shampoo": {"b1": 0.95, **blocks}, "soap": blocks}
     config.optimizers = {
         name: {
             **default_optimizer(),

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
             adam_eps=1e-15,
             factor=1.6,
         ),
-        "shampoo": _optimizer(2e-3, 185_680_896, 0.1024, factor=32.0),
+        "shampoo": _optimizer(2e-3, 185_680_896, 0.1024, b1=0.95, factor=32.0),
         "soap": _optimizer(3.2e-2, 23_210_112, 0.1024, b2=0.999, spectral_norm=True),
     }
     return config

@@ -170,6 +170,7 @@ def benchmark_config() -> ConfigDict:
     # Computing again what is elementwise is faster on CPUs than keeping it.
     config.update(context=256, batch_size=8, tokens=10**9, remat="dots")
     config.optimizer.update(name="adamw", learning_rate=1e-3, weight_decay=0.1)
+    config.optimizer.options.weight_decay_scaling = "learning_rate"
     return config
 
 

@@ -17,6 +17,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 import mup_jax
+from mup_jax.training.flops import count_flops
 
 STACKED = MuonDimensionNumbers(-2, -1)
 FREQUENCY = 10
@@ -126,7 +127,7 @@ class CompiledUpdate(NamedTuple):
     Attributes:
       step: `(gradient, state) -> (updates, state)`; donates the state.
       state: the first.
-      facts: see `describe_program`, and "state_floats" per parameter.
+      facts: see `compile_program`; "gflops" of a usual step and "state_floats" per parameter.
     """
 
     step: Any
@@ -143,13 +144,14 @@ def compile_update(transformation: optax.GradientTransformation, gradient: Any) 
     seconds = time.perf_counter() - start
     step, facts = compile_program(lowered, seconds)
     parameters = sum(x.size for x in jax.tree.leaves(gradient))
+    facts["gflops"] = count_flops(transformation.update, gradient, state) / 1e9
     facts["state_floats"] = sum(x.nbytes for x in jax.tree.leaves(state)) / 4 / parameters
     return CompiledUpdate(step, state, facts)
 
 
 def compile_program(lowered: Any, lower_seconds: float) -> tuple[Any, dict[str, float]]:
     """The compiled program, and of it "lower_seconds", "compile_seconds", "program_lines" of HLO
-    and, where the compiler says so, "gflops" and the megabytes of memory of each kind.
+    and, where the compiler says so, the megabytes of memory of each kind.
     """
     start = time.perf_counter()
     compiled = lowered.compile()
@@ -158,10 +160,7 @@ def compile_program(lowered: Any, lower_seconds: float) -> tuple[Any, dict[str, 
         "compile_seconds": time.perf_counter() - start,
         "program_lines": len((compiled.as_text() or "").splitlines()),
     }
-    costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    if "flops" in costs:
-        facts["gflops"] = costs["flops"] / 1e9
-    if memory:
+    if memory := compiled.memory_analysis():
         facts |= {
             "argument_megabytes": memory.argument_size_in_bytes / 1e6,
             "output_megabytes": memory.output_size_in_bytes / 1e6,

@@ -6,6 +6,7 @@ This package needs jax and optax only; the trainer (`mup_jax.training`, `mup_jax
 
 from mup_jax import testing
 from mup_jax.optimizers import (
+    Transfer,
     adamuon,
     adamw,
     adopt,
@@ -62,6 +63,7 @@ __all__ = [
     "ParamShape",
     "PowerLaw",
     "Rule",
+    "Transfer",
     "adamuon",
     "adamw",
     "add_independent_weight_decay",

@@ -74,7 +74,8 @@ def whole(name):
         0.1,
         schedule=lambda count: 1 / (1 + count),
         shapes=SHAPES,
-        weight_decay=0.01,
+        weight_decay=0.1,
+        independent_weight_decay=0.01,
         embedding_readout_learning_rate=0.05,
         **options,
     )

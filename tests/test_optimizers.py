@@ -93,9 +93,9 @@ def compiled(name, with_shapes):
 
 
 @functools.cache
-def run_named(name, with_shapes, hidden=0.1, others=0.1, weight_decay=0.0):
+def run_named(name, with_shapes, hidden=0.1, others=0.1, decay=0.0):
     hyperparameters = {"learning_rate": hidden, "embedding_readout_learning_rate": others}
-    hyperparameters["weight_decay"] = weight_decay
+    hyperparameters["independent_weight_decay"] = decay
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
     epsilons = {"eps", "adam_eps", "muon_eps"} & set(parameters)
     hyperparameters |= {key: parameters[key].default for key in epsilons}
@@ -118,14 +118,15 @@ def test_signature(name):
     optimizer = OPTIMIZERS[name]
     assert getattr(mup_jax, name) is optimizer
     parameters = inspect.signature(optimizer).parameters
-    first = {"schedule": None, "weight_decay": 0.0, "shapes": None}
-    last = {"weight_decay_scaling": "1/width", "scale_epsilon": True}
-    if name == "lion":
-        del last["scale_epsilon"]
-    first["embedding_readout_learning_rate"] = None
-    assert list(parameters)[:5] == ["learning_rate", *first]
-    assert list(parameters)[-len(last) :] == list(last)
-    assert {key: parameters[key].default for key in {**first, **last}} == {**first, **last}
+    first = {
+        "schedule": None,
+        "weight_decay": 0.0,
+        "independent_weight_decay": 0.0,
+        "shapes": None,
+        "embedding_readout_learning_rate": None,
+    }
+    assert list(parameters)[: 1 + len(first)] == ["learning_rate", *first]
+    assert {key: parameters[key].default for key in first} == first
     kinds = {p.kind for key, p in parameters.items() if key != "learning_rate"}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
     arguments = re.search(r"Args:\n(.*?)\n\n", inspect.getdoc(optimizer), re.DOTALL)[1]
@@ -138,7 +139,7 @@ def test_signature(name):
 @pytest.mark.parametrize("with_shapes", [False, True])
 def test_updates_are_minus_schedule_times_learning_rate_and_decay(name, with_shapes):
     plain = run_named(name, with_shapes)
-    got = run_named(name, with_shapes, 0.2, 0.2, weight_decay=0.3)
+    got = run_named(name, with_shapes, 0.2, 0.2, decay=0.3)
     width_ratio = WIDTH / BASE if with_shapes else 1.0
     for s, u, before in zip(SCHEDULE, got, plain, strict=True):
         for key, w in PARAMS.items():
@@ -166,31 +167,66 @@ RULES = {"adamw": rules.adam(), "lamb": rules.lamb(), "muon": rules.muon()}
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("scaling", ["1/width", "constant", "learning_rate", "none"])
-def test_weight_decay_scalings(name, scaling):
+@pytest.mark.parametrize("decay", ["1/width", "constant", "times the learning rate"])
+def test_weight_decays(name, decay):
     """Of a parameter without a gradient, decay is all that is left."""
+    is_independent = decay != "times the learning rate"
+    scaling = {"weight_decay_scaling": decay} if is_independent else {}
     options = {"hidden_only": False, **EXACT} if name == "muon" else {}
     optimizer = OPTIMIZERS[name](
         0.5,
         schedule=lambda count: 0.1,
-        weight_decay=0.3,
-        shapes=SHAPES,
-        weight_decay_scaling=scaling,
+        shapes=mup_jax.Transfer(SHAPES, **scaling),
+        **{"independent_weight_decay" if is_independent else "weight_decay": 0.3},
         **options,
     )
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     got, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
     for key, w in PARAMS.items():
         rate = 0.5 * RULES[name].learning_rate(SHAPES[key])
-        factors = {"1/width": BASE / WIDTH, "constant": 1.0, "learning_rate": rate, "none": 0.0}
-        factor = 0.0 if key == "gain" else factors[scaling]
+        factors = {"1/width": BASE / WIDTH, "constant": 1.0, "times the learning rate": rate}
+        factor = 0.0 if key == "gain" else factors[decay]
         np.testing.assert_allclose(got[key], -0.1 * 0.3 * factor * w, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_unknown_weight_decay_scaling(name):
-    with pytest.raises(ValueError, match=r"weight_decay_scaling='width'.*'learning_rate'"):
-        OPTIMIZERS[name](0.1, weight_decay_scaling="width")
+def test_weight_decay_is_that_of_optax():
+    """With its name it has its meaning, schedules of the learning rate included."""
+    rate = optax.linear_schedule(0.1, 0.0, 3)
+    got = run(mup_jax.adamw(rate, b2=0.99, weight_decay=0.3))
+    matrices = {key: p.ndim > 1 for key, p in PARAMS.items()}
+    reference = run(optax.adamw(rate, b2=0.99, weight_decay=0.3, mask=matrices))
+    for u, want in zip(got, reference, strict=True):
+        assert_trees_close(u, want)
+
+
+@pytest.mark.parametrize("key", ["learning_rate_scaling", "weight_decay_scaling"])
+def test_unknown_scaling(key):
+    with pytest.raises(ValueError, match=rf"{key}='width': choose one of .*'constant'"):
+        mup_jax.Transfer(SHAPES, **{key: "width"})
+
+
+SCALE_BY = {
+    "muon": mup_jax.scale_by_muon,
+    "adamuon": mup_jax.scale_by_adamuon,
+    "shampoo": mup_jax.scale_by_shampoo,
+    "soap": mup_jax.scale_by_soap,
+    "sophia": mup_jax.scale_by_sophia_g,
+}
+
+
+@pytest.mark.parametrize("name", SCALE_BY)
+def test_options_of_the_direction_are_those_of_the_whole(name):
+    """All but what roles decide, with their defaults; Sophia's γ is that of its curvature."""
+    whole = inspect.signature(OPTIMIZERS[name]).parameters
+    for key, parameter in inspect.signature(SCALE_BY[name]).parameters.items():
+        if key != "sides":
+            assert key in whole
+            assert whole[key].default == parameter.default or (name, key) == ("sophia", "gamma")
+
+
+def test_a_shape_factor_beside_a_rule():
+    with pytest.raises(ValueError, match=r"shape_factor='rms' with shapes=: leave it out"):
+        mup_jax.muon(0.1, shapes=SHAPES, shape_factor="rms")
 
 
 @functools.cache
@@ -221,7 +257,7 @@ def test_injected_hyperparameters(name):
 ADAM_ARGUMENTS = {
     "adamuon": (0.8, 0.98),
     "muon": (0.8, 0.98),
-    "shampoo": (0.95, 0.98),
+    "shampoo": (0.9, 0.98),
     "soap": (0.9, 0.98),
 }
 
@@ -261,7 +297,7 @@ DIRECTIONS = {
     "adamuon": (mup_jax.scale_by_adamuon(orthogonalizer="svd"), rules.adamuon()),
     "muon": (mup_jax.scale_by_muon(orthogonalizer="svd"), rules.muon()),
     "shampoo": (
-        mup_jax.graft(optax.scale_by_adam(0.95, 0.98), mup_jax.scale_by_shampoo(0.95, 0.98)),
+        mup_jax.graft(optax.scale_by_adam(0.9, 0.98), mup_jax.scale_by_shampoo()),
         rules.grafted(rules.adam()),
     ),
     "soap": (mup_jax.scale_by_soap(), rules.soap()),
@@ -304,7 +340,7 @@ def test_embedding_and_readout_can_have_the_direction_too(name, spectral_norm):
 @pytest.mark.parametrize("options", [{"exponent": 0.25, "block_size": None}, {"block_size": 8}])
 def test_shampoo_without_grafting(options):
     got = step_once(mup_jax.shampoo(0.1, shapes=SHAPES, grafted=False, **options))["hidden"]
-    direction = mup_jax.scale_by_shampoo(0.95, 0.98, **options)
+    direction = mup_jax.scale_by_shampoo(**options)
     rate = 0.1 * rules.shampoo(**options).learning_rate(SHAPES["hidden"])
     want = -rate * step_once(direction, params=MATRICES)["hidden"]
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
@@ -312,8 +348,10 @@ def test_shampoo_without_grafting(options):
 
 def test_epsilon_of_the_direction_can_be_the_same_at_every_size():
     one_step = {"orthogonalizer": "newton_schulz", "ns_steps": 1}
-    make = functools.partial(mup_jax.muon, 0.1, shapes=SHAPES, eps=10.0, **one_step)
-    scaled, constant = (step_once(make(scale_epsilon=on))["hidden"] for on in (True, False))
+    scaled, constant = (
+        step_once(mup_jax.muon(0.1, shapes=shapes, eps=10.0, **one_step))["hidden"]
+        for shapes in (SHAPES, mup_jax.Transfer(SHAPES, scale_epsilon=False))
+    )
     for got, eps in ((scaled, 10 * rules.muon().epsilon(SHAPES["hidden"])), (constant, 10.0)):
         direction = mup_jax.scale_by_muon(eps=eps, **one_step)
         want = -0.1 * step_once(direction, params=MATRICES)["hidden"]
@@ -367,9 +405,10 @@ BY_EPSILON = {
 )
 def test_every_parameter_gets_the_direction_by_its_rule(name, scale_epsilon):
     """With ε, and Sophia's γ, in the units of each parameter's gradient."""
-    options = {} if name == "lion" else {"eps": 1.0, "scale_epsilon": scale_epsilon}
+    shapes = mup_jax.Transfer(SHAPES, scale_epsilon=scale_epsilon)
+    options = {} if name == "lion" else {"eps": 1.0}
     options |= {"gamma": GAMMA} if name == "sophia" else {}
-    got = run(OPTIMIZERS[name](0.1, shapes=SHAPES, **options), **EXTRA[name])
+    got = run(OPTIMIZERS[name](0.1, shapes=shapes, **options), **EXTRA[name])
     rule = getattr(rules, {"adamw": "adam"}.get(name, name))()
     for key, shape in SHAPES.items():
         eps = rule.epsilon(shape) if scale_epsilon else 1.0

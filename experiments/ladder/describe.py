@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments.ladder.added import added
 from experiments.ladder.plan import Ladder, Rung, Series, planned_parts
-from mup_jax.training.config import describe_rule
+from mup_jax.training.config import describe_rule, make_optimizer
 from mup_jax.training.program import Hyperparameters, Program
 from mup_jax.training.throughput import step_times
 from mup_jax.transfer.shapes import is_shape
@@ -114,8 +114,13 @@ def _factors(ladder: Ladder, rung: Rung, series: Series) -> str:
     settings = _config(ladder, rung, series).optimizer.options.to_dict()
 
     def update(decay: float, **options: Any) -> dict[str, jax.Array]:
-        given = settings | options | {"weight_decay": decay, "shapes": of_role}
-        optimizer = ladder.make(series.optimizer)(1.0, **given)
+        optimizer = make_optimizer(
+            ladder.make(series.optimizer),
+            1.0,
+            shapes=of_role,
+            weight_decay=decay,
+            options=settings | options,
+        )
         total = lambda p: sum(map(jnp.sum, jax.tree.leaves(p)))
         functions = {"obj_fn": total, "logits_fn": lambda p: p["readout"]}
         return optimizer.update(gradients, optimizer.init(params), params, **functions)[0]

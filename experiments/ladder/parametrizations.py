@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mup_jax.optimizers import OPTIMIZERS
+from mup_jax.training.config import TRANSFER_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Parametrization:
 
     Attributes:
       description: what it does, for reports.
-      options: of the optimizer; those of ε are left out where it has none.
+      options: of the optimizer.
       optimizer: the only one that has it; empty for all that have the options.
       same_as_mup: optimizers for which it would be no other than "mup", and that do not have it.
       tuned_alone: whether the options count at the base too, so that it has a learning rate of its
@@ -36,12 +37,9 @@ class Parametrization:
           optimizer: its name.
           make: what makes it, where that is none of ours.
         """
-        known = inspect.signature(make or OPTIMIZERS[optimizer]).parameters
-        options = {k: v for k, v in self.options.items() if k in known or k != "scale_epsilon"}
+        known = {*inspect.signature(make or OPTIMIZERS[optimizer]).parameters, *TRANSFER_OPTIONS}
         excluded = self.optimizer not in ("", optimizer) or optimizer in self.same_as_mup
-        if excluded or not options.keys() <= known.keys():
-            return None
-        return options
+        return None if excluded or not self.options.keys() <= known else self.options
 
 
 _CONSTANT = {"learning_rate_scaling": "constant", "scale_epsilon": False}

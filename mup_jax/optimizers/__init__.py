@@ -1,18 +1,19 @@
 """Ready-made optimizers: a transformation, its µP rule and independent weight decay.
 
 All of them update W <- W - s(t)·(η·u + λ·W), where s(t) is the schedule, η the learning rate and
-λ the weight decay of the base model: η is scaled for every parameter by the rules of
-`mup_jax.rules`, and λ as `weight_decay_scaling` says. Those of `matrix` route parameters by role:
-the preconditioned direction takes hidden matrices, and what takes embedding, readout and vectors
-stands in each docstring. Without `shapes` nothing is scaled, and every leaf of two or more axes
-counts as a hidden matrix. Those of `elementwise` take every parameter, and `from_file` makes one of
-any direction in a file.
+λ the independent weight decay of the base model: η is scaled for every parameter by the rules of
+`mup_jax.rules`, and λ over its width ratio, or both as a `Transfer` says. Those of `matrix` route
+parameters by role: the preconditioned direction takes hidden matrices, and what takes embedding,
+readout and vectors stands in each docstring. Without `shapes` nothing is scaled, and every leaf of
+two or more axes counts as a hidden matrix. Those of `elementwise` take every parameter, and
+`from_file` makes one of any direction in a file.
 """
 
 from collections.abc import Callable
 
 import optax
 
+from mup_jax.optimizers.assembly import Transfer
 from mup_jax.optimizers.elementwise import adamw, adopt, lamb, lion, sophia
 from mup_jax.optimizers.from_file import from_source, is_file, read_file
 from mup_jax.optimizers.matrix import adamuon, matrix_optimizer, muon, shampoo, soap
@@ -52,4 +53,4 @@ def find_optimizer(
     return OPTIMIZERS[name]
 
 
-__all__ = ["OPTIMIZERS", "find_optimizer", "matrix_optimizer", *OPTIMIZERS]
+__all__ = ["OPTIMIZERS", "Transfer", "find_optimizer", "matrix_optimizer", *OPTIMIZERS]

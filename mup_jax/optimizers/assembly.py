@@ -3,14 +3,14 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mup_jax.transfer import rules
-from mup_jax.transfer.mup import add_independent_weight_decay, mup
+from mup_jax.transfer.mup import IndependentScaling, add_independent_weight_decay, mup
 from mup_jax.transfer.rules import PowerLaw, Rule
 from mup_jax.transfer.shapes import ROLES, map_shapes
 from mup_jax.transforms.matrices import PyTree
@@ -18,8 +18,6 @@ from mup_jax.transforms.options import check_decays, check_not_negative
 
 Scalar = float | jax.Array
 Rate: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
-LearningRateScaling = Literal["mup", "constant", "1/width"]
-WeightDecayScaling = Literal["1/width", "constant", "learning_rate", "none"]
 
 # What an absolute ε is called among the arguments of an optimizer.
 EPSILONS = ("eps", "adam_eps", "muon_eps")
@@ -28,32 +26,64 @@ _OTHER_LAWS = {"constant": PowerLaw(), "1/width": rules.adam().learning_rate_law
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """The arguments that all optimizers share, and what is made of them.
+class Transfer:
+    """How the hyperparameters of an optimizer depend on the size of the model: µP, or otherwise.
+
+    It goes where an optimizer takes `shapes`, which alone mean `Transfer(shapes)`. The defaults
+    transfer; whatever else there is, is there to be compared with them.
+
+    Args:
+      shapes: from `infer_shapes`.
+      learning_rate_scaling: η of a parameter: "mup" times the factor of its rule; "constant" the
+        same at every size, which is standard parametrization; "1/width" by Adam's rule, whatever
+        the optimizer.
+      weight_decay_scaling: the independent λ of a parameter: "1/width" over its width ratio (best
+        for every optimizer in Qiu et al.); "constant" the same at every size (Gupta et al.).
+      scale_epsilon: whether ε follows its rule; otherwise it is the same at every size.
 
     Raises:
-      ValueError: unknown learning_rate_scaling or weight_decay_scaling.
+      ValueError: an unknown scaling.
+
+    Example:
+      >>> small, large = ({"w": jnp.ones((d, d)), "out": jnp.ones((d, 10))} for d in (32, 128))
+      >>> shapes = mup_jax.infer_shapes(small, large)
+      >>> as_it_is = mup_jax.Transfer(shapes, learning_rate_scaling="constant")
+      >>> optimizer = mup_jax.muon(0.02, shapes=as_it_is)
+
+    References:
+      Qiu et al., `Hyperparameter transfer <https://arxiv.org/abs/2512.05620>`_, 2025; Gupta et al.,
+      `arXiv 2602.20937 <https://arxiv.org/abs/2602.20937>`_, 2026.
     """
+
+    shapes: PyTree
+    learning_rate_scaling: Literal["mup", "constant", "1/width"] = "mup"
+    weight_decay_scaling: IndependentScaling = "1/width"
+    scale_epsilon: bool = True
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(Transfer)
+        for key in ("learning_rate_scaling", "weight_decay_scaling"):
+            known = get_args(types[key])
+            if getattr(self, key) not in known:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r}: choose one of {', '.join(map(repr, known))}"
+                )
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The arguments that all optimizers share, and what is made of them."""
 
     learning_rate: Rate
     schedule: optax.Schedule | None
     weight_decay: Scalar
-    shapes: PyTree | None
+    independent_weight_decay: Scalar
+    shapes: PyTree | Transfer | None
     embedding_readout_learning_rate: Rate | None
-    learning_rate_scaling: LearningRateScaling
-    weight_decay_scaling: WeightDecayScaling
-    scale_epsilon: bool = True
 
-    def __post_init__(self) -> None:
-        for key, known in (
-            ("learning_rate_scaling", LearningRateScaling),
-            ("weight_decay_scaling", WeightDecayScaling),
-        ):
-            if getattr(self, key) not in get_args(known):
-                raise ValueError(
-                    f"{key}={getattr(self, key)!r}: choose one of "
-                    f"{', '.join(map(repr, get_args(known)))}"
-                )
+    @property
+    def transfer(self) -> Transfer:
+        return self.shapes if isinstance(self.shapes, Transfer) else Transfer(self.shapes)
 
     def scaled(
         self,
@@ -62,17 +92,16 @@ class Assembly:
         *,
         normalize: optax.GradientTransformation | None = None,
     ) -> optax.GradientTransformation:
-        """The direction by its rule, normalized if so wanted, and decay that η scales."""
+        """The direction by its rule, normalized if so wanted, and the decay that η scales."""
         if normalize is not None:
             direction, rule = optax.chain(direction, normalize), rules.spectrally_normalized(rule)
-        if self.learning_rate_scaling != "mup":
-            rule = rule.with_learning_rate(_OTHER_LAWS[self.learning_rate_scaling])
-        if not self.scale_epsilon:
+        transfer = self.transfer
+        if transfer.learning_rate_scaling != "mup":
+            rule = rule.with_learning_rate(_OTHER_LAWS[transfer.learning_rate_scaling])
+        if not transfer.scale_epsilon:
             rule = rule.with_constant_epsilon()
-        by_rule = direction if self.shapes is None else mup(direction, rule, self.shapes)
-        if self.weight_decay_scaling != "learning_rate":
-            return by_rule
-        decay = add_independent_weight_decay(self.weight_decay, self.shapes, scaling=rule)
+        by_rule = direction if transfer.shapes is None else mup(direction, rule, transfer.shapes)
+        decay = add_independent_weight_decay(self.weight_decay, transfer.shapes, scaling=rule)
         return optax.chain(by_rule, decay)
 
     def adam(self, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -86,9 +115,10 @@ class Assembly:
         """Each parameter to the transformation of its role, or else to `other`."""
 
         def labels(params: PyTree) -> Any:
-            if self.shapes is None:
+            shapes = self.transfer.shapes
+            if shapes is None:
                 return jax.tree.map(lambda p: "hidden" if p.ndim > 1 else "vector", params)
-            return map_shapes(lambda shape, _: shape.role, self.shapes, params)
+            return map_shapes(lambda shape, _: shape.role, shapes, params)
 
         return optax.partition(dict.fromkeys(ROLES, other) | by_role, labels)
 
@@ -102,15 +132,15 @@ class Assembly:
         rate = scale(self.learning_rate)
         if self.embedding_readout_learning_rate is not None:
             rate = self.route(scale(self.embedding_readout_learning_rate), hidden=rate)
-        steps = [scaled, rate]
-        if self.weight_decay_scaling != "learning_rate":
-            steps.append(
-                add_independent_weight_decay(
-                    self.weight_decay, self.shapes, scaling=self.weight_decay_scaling
-                )
-            )
+        transfer = self.transfer
         chain = optax.chain(
-            *steps,
+            scaled,
+            rate,
+            add_independent_weight_decay(
+                self.independent_weight_decay,
+                transfer.shapes,
+                scaling=transfer.weight_decay_scaling,
+            ),
             optax.scale_by_schedule(self.schedule or (lambda count: 1.0)),
             optax.scale(-1.0),
         )

@@ -8,10 +8,9 @@ import optax
 
 from mup_jax.optimizers.assembly import (
     Assembly,
-    LearningRateScaling,
     Rate,
     Scalar,
-    WeightDecayScaling,
+    Transfer,
 )
 from mup_jax.transfer import rules
 from mup_jax.transfer.rules import MeasuredOrGupta, Rule
@@ -35,43 +34,37 @@ def adamw(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW.
 
     Args:
-      learning_rate: η of the base model, or a function of the step that gives it, which leaves λ as
-        it is.
-      schedule: s(t), a factor of learning rate and weight decay at each step; None for 1.
-      weight_decay: λ of the base model, per step; of matrices only.
-      shapes: from `infer_shapes`; None for standard parametrization.
+      learning_rate: η of the base model, or a function of the step that gives it.
+      schedule: s(t), a factor of the learning rate and of both decays at each step; a schedule as
+        `learning_rate` leaves the independent one as it is. None for 1.
+      weight_decay: times the learning rate, as in `optax.adamw`, but of matrices only.
+      independent_weight_decay: λ of the base model, per step, which no learning rate multiplies; of
+        matrices only. `weight_decay` is a thousand times that at a learning rate of 1e-3.
+      shapes: from `infer_shapes`, to scale by µP; a `Transfer` of them, to scale otherwise; None
+        for the base model itself.
       embedding_readout_learning_rate: η of the base model of all but hidden matrices, which are
         embedding, readout and vectors; None for `learning_rate`. Without `shapes` every matrix is
         hidden.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
-      learning_rate_scaling: η of a parameter with `shapes`: "mup" times the factor of its rule;
-        "constant" the same at every size, which is standard parametrization; "1/width" by Adam's
-        rule, whatever the optimizer. The last two do not transfer, and are there to show it.
-      weight_decay_scaling: λ of a parameter: "1/width" over its width ratio (best for every
-        optimizer in Qiu et al.); "constant" the same at every size (Gupta et al.); "learning_rate"
-        times its η, as in `optax.adamw`; "none" no decay at all.
-      scale_epsilon: whether ε follows its rule; otherwise it is the same at every size.
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
 
     Example:
       >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
-      >>> optimizer = mup_jax.adamw(1e-3, weight_decay=1e-4)
+      >>> optimizer = mup_jax.adamw(1e-3, weight_decay=0.1)
       >>> updates, state = optimizer.update(params, optimizer.init(params), params)
       >>> params = optax.apply_updates(params, updates)
 
@@ -82,11 +75,9 @@ def adamw(
         learning_rate,
         schedule,
         weight_decay,
+        independent_weight_decay,
         shapes,
         embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
     )
     return of.whole(of.adam(b1, b2, eps))
 
@@ -96,20 +87,18 @@ def adopt(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.9999,
     eps: float = 1e-6,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """ADOPT, with clipping: `optax.contrib.scale_by_adopt`. The first step updates nothing.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: least root of the second moment in the base model, in units of the gradient.
@@ -133,11 +122,9 @@ def adopt(
         learning_rate,
         schedule,
         weight_decay,
+        independent_weight_decay,
         shapes,
         embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
     )
     return of.whole(of.scaled(direction, rules.adopt()))
 
@@ -147,16 +134,14 @@ def lamb(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
     variant: MeasuredOrGupta = "measured",
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB: Adam's direction r times the trust ratio ‖W‖/‖r‖ of each matrix.
 
@@ -164,8 +149,8 @@ def lamb(
     1 where W or r is zero.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: ε of the base model, in units of the gradient.
@@ -193,11 +178,9 @@ def lamb(
         learning_rate,
         schedule,
         weight_decay,
+        independent_weight_decay,
         shapes,
         embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
     )
     return of.whole(of.scaled(direction, rules.lamb(variant=variant)))
 
@@ -207,18 +190,17 @@ def lion(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.99,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
 ) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of the momentum.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling: as in `adamw`.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       b1: weight of the momentum against the gradient in the sign.
       b2: decay of the momentum.
 
@@ -239,10 +221,9 @@ def lion(
         learning_rate,
         schedule,
         weight_decay,
+        independent_weight_decay,
         shapes,
         embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
     )
     return of.whole(of.scaled(optax.scale_by_lion(b1, b2), rules.lion()))
 
@@ -252,7 +233,8 @@ def sophia(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.96,
     b2: float = 0.99,
@@ -261,9 +243,6 @@ def sophia(
     update_interval: int = 10,
     curvature: Curvature = "hutchinson",
     seed: int = 0,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia: momentum over a diagonal of curvature, clipped to ±1.
 
@@ -271,12 +250,12 @@ def sophia(
     of entries is clipped at every size.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling: as in `adamw`.
-      scale_epsilon: as in `adamw`; of γ too.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       b1: decay of the momentum.
       b2: decay of the curvature, once in `update_interval` steps.
-      gamma: γ of the base model; None for the paper's, 0.01 for "hutchinson" and 0.05 for "gnb".
+      gamma: γ of the base model, which scales where ε does; None for the paper's, 0.01 for
+        "hutchinson" and 0.05 for "gnb".
       eps: least γ·curvature in the base model, in units of the gradient.
       update_interval: in steps, of the estimates of the curvature.
       curvature: "hutchinson" (Sophia-H, `optax.contrib.sophia`), for which `update` needs
@@ -325,18 +304,19 @@ def sophia(
         init = lambda params: jax.tree.map(jnp.copy, whole.init(params))
         # Optax offers its direction with a learning rate and a sign only.
         direction = optax.chain(whole._replace(init=init), optax.scale(-1.0))
-    if shapes is not None and scale_epsilon:
-        direction = _with_functions_in_units_of_gradients(direction, rules.sophia(), shapes)
     of = Assembly(
         learning_rate,
         schedule,
         weight_decay,
+        independent_weight_decay,
         shapes,
         embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
     )
+    transfer = of.transfer
+    if transfer.shapes is not None and transfer.scale_epsilon:
+        direction = _with_functions_in_units_of_gradients(
+            direction, rules.sophia(), transfer.shapes
+        )
     return of.whole(of.scaled(direction, rules.sophia()))
 
 

@@ -9,10 +9,9 @@ import optax
 
 from mup_jax.optimizers.assembly import (
     Assembly,
-    LearningRateScaling,
     Rate,
     Scalar,
-    WeightDecayScaling,
+    Transfer,
 )
 from mup_jax.transfer import rules
 from mup_jax.transfer.derive import DerivedRule, derive_rule
@@ -22,7 +21,7 @@ from mup_jax.transforms.blocking import Sides
 from mup_jax.transforms.grafting import graft
 from mup_jax.transforms.linalg import Orthogonalizer
 from mup_jax.transforms.matrices import PyTree, WeightDimensionNumbers
-from mup_jax.transforms.muon import scale_by_muon
+from mup_jax.transforms.muon import ShapeFactor, scale_by_muon
 from mup_jax.transforms.shampoo import scale_by_shampoo
 from mup_jax.transforms.soap import scale_by_soap
 from mup_jax.transforms.spectral_norm import normalize_rms, normalize_spectral_norm
@@ -40,7 +39,8 @@ def matrix_optimizer(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     hidden_only: bool = True,
     spectral_norm: bool = False,
@@ -48,9 +48,6 @@ def matrix_optimizer(
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Any direction on hidden matrices, Adam on embedding, readout and vectors.
 
@@ -60,8 +57,8 @@ def matrix_optimizer(
         optimizer = mup_jax.matrix_optimizer(1e-3, direction, rules.lion(), shapes=shapes)
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       direction: a transformation of gradients into directions that are positive and without a
         learning rate, as any `scale_by_*`.
       rule: how η and ε of the direction scale, from `mup_jax.rules`; None to measure it with
@@ -97,11 +94,9 @@ def matrix_optimizer(
         learning_rate,
         schedule,
         weight_decay,
+        independent_weight_decay,
         shapes,
         embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
     )
     roles = ("hidden",) if hidden_only else ("embedding", "hidden", "readout")
     by_role = {
@@ -136,7 +131,8 @@ def adamuon(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.95,
     b2: float = 0.95,
@@ -151,19 +147,15 @@ def adamuon(
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMuon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling: as in `adamw`.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       b1, b2, eps, nesterov, muon_eps, orthogonalizer, ns_steps, weight_dimension_numbers: as in
-        `scale_by_adamuon`.
+        `scale_by_adamuon`. Both ε are the same at every size.
       hidden_only, spectral_norm, adam_b1, adam_b2, adam_eps: as in `muon`.
-      scale_epsilon: as in `adamw`, of Adam; `eps` and `muon_eps` are the same at every size.
 
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
@@ -193,6 +185,7 @@ def adamuon(
         rules.adamuon(),
         schedule=schedule,
         weight_decay=weight_decay,
+        independent_weight_decay=independent_weight_decay,
         shapes=shapes,
         embedding_readout_learning_rate=embedding_readout_learning_rate,
         hidden_only=hidden_only,
@@ -201,9 +194,6 @@ def adamuon(
         adam_b2=adam_b2,
         adam_eps=adam_eps,
         weight_dimension_numbers=weight_dimension_numbers,
-        learning_rate_scaling=learning_rate_scaling,
-        weight_decay_scaling=weight_decay_scaling,
-        scale_epsilon=scale_epsilon,
     )
 
 
@@ -212,15 +202,18 @@ def muon(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     beta: float = 0.95,
     nesterov: bool = True,
     eps: float = 1e-8,
     orthogonalizer: Orthogonalizer = "tuned",
     ns_steps: int | None = None,
+    gram_form: bool | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     mu_dtype: jax.typing.DTypeLike = jnp.float32,
+    shape_factor: ShapeFactor = "none",
     variant: QiuOrRmsMatching = "qiu",
     hidden_only: bool = True,
     spectral_norm: bool = False,
@@ -228,17 +221,15 @@ def muon(
     adam_b2: float = 0.98,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon on hidden matrices, Adam on embedding, readout and vectors.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
-      beta, nesterov, eps, orthogonalizer, ns_steps, compute_dtype, mu_dtype,
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
+      beta, nesterov, eps, orthogonalizer, ns_steps, gram_form, compute_dtype, mu_dtype,
         weight_dimension_numbers: as in `scale_by_muon`.
+      shape_factor: as in `scale_by_muon`, for use without `shapes`: their rule has a factor itself.
       variant: of `rules.muon`.
       hidden_only: whether embedding and readout are left to Adam ("Muon-Adam" of Qiu et al.), for
         which it needs `shapes`; otherwise they take the direction too ("Muon"), and vectors alone
@@ -252,23 +243,33 @@ def muon(
     Returns:
       An optimizer whose updates go to `optax.apply_updates`.
 
+    Raises:
+      ValueError: a shape factor with `shapes`; as `scale_by_muon`.
+
     Example:
       >>> small, large = ({"w": jnp.ones((d, d)), "out": jnp.ones((d, 10))} for d in (32, 128))
       >>> shapes = mup_jax.infer_shapes(small, large)
-      >>> optimizer = mup_jax.muon(0.02, shapes=shapes, weight_decay=1e-4)
+      >>> optimizer = mup_jax.muon(0.02, shapes=shapes, weight_decay=0.1)
       >>> updates, state = optimizer.update(large, optimizer.init(large), large)
 
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; as in Qiu et al.
     """
+    if shapes is not None and shape_factor != "none":
+        raise ValueError(
+            f"shape_factor={shape_factor!r} with shapes=: leave it out, how the learning rate goes "
+            "with the shape is said by the rule (variant='rms_matching' for that of \"rms\")"
+        )
     direction = scale_by_muon(
         beta,
         nesterov=nesterov,
         eps=eps,
         orthogonalizer=orthogonalizer,
         ns_steps=ns_steps,
+        gram_form=gram_form,
         compute_dtype=compute_dtype,
         mu_dtype=mu_dtype,
+        shape_factor=shape_factor,
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return matrix_optimizer(
@@ -277,6 +278,7 @@ def muon(
         rules.muon(variant=variant),
         schedule=schedule,
         weight_decay=weight_decay,
+        independent_weight_decay=independent_weight_decay,
         shapes=shapes,
         embedding_readout_learning_rate=embedding_readout_learning_rate,
         hidden_only=hidden_only,
@@ -285,9 +287,6 @@ def muon(
         adam_b2=adam_b2,
         adam_eps=adam_eps,
         weight_dimension_numbers=weight_dimension_numbers,
-        learning_rate_scaling=learning_rate_scaling,
-        weight_decay_scaling=weight_decay_scaling,
-        scale_epsilon=scale_epsilon,
     )
 
 
@@ -296,9 +295,10 @@ def shampoo(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
-    b1: float = 0.95,
+    b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-5,
     exponent: float = 0.5,
@@ -308,24 +308,23 @@ def shampoo(
     precondition_frequency: int = 10,
     exact_steps: int = 20,
     stagger: bool = True,
+    preconditioner_dtype: jax.typing.DTypeLike = jnp.float32,
     grafted: bool = True,
     hidden_only: bool = True,
     spectral_norm: bool = False,
     adam_eps: float = 1e-8,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo² with blocks, grafted to Adam, on hidden matrices; Adam on the others.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       b1, b2: as in `scale_by_shampoo`; of Adam too.
       eps, exponent, relative_eps, block_size, max_preconditioner_dim, precondition_frequency,
-        exact_steps, stagger, weight_dimension_numbers: as in `scale_by_shampoo`. An absolute ε is
-        that of the base model, and needs `grafted=False`: the rule of grafting is about Adam's ε.
+        exact_steps, stagger, preconditioner_dtype, weight_dimension_numbers: as in
+        `scale_by_shampoo`. An absolute ε is that of the base model, and needs `grafted=False`: the
+        rule of grafting is about Adam's ε.
       grafted: whether Adam sets the size of the updates, matrix by matrix; otherwise they are
         those of Shampoo, whose η is of another order of magnitude.
       hidden_only: as in `muon`.
@@ -364,6 +363,7 @@ def shampoo(
         precondition_frequency=precondition_frequency,
         exact_steps=exact_steps,
         stagger=stagger,
+        preconditioner_dtype=preconditioner_dtype,
         weight_dimension_numbers=weight_dimension_numbers,
     )
     rule = rules.shampoo(**blocks)
@@ -377,6 +377,7 @@ def shampoo(
         rule,
         schedule=schedule,
         weight_decay=weight_decay,
+        independent_weight_decay=independent_weight_decay,
         shapes=shapes,
         embedding_readout_learning_rate=embedding_readout_learning_rate,
         hidden_only=hidden_only,
@@ -385,9 +386,6 @@ def shampoo(
         adam_b2=b2,
         adam_eps=adam_eps,
         weight_dimension_numbers=weight_dimension_numbers,
-        learning_rate_scaling=learning_rate_scaling,
-        weight_decay_scaling=weight_decay_scaling,
-        scale_epsilon=scale_epsilon,
     )
 
 
@@ -396,7 +394,8 @@ def soap(
     *,
     schedule: optax.Schedule | None = None,
     weight_decay: Scalar = 0.0,
-    shapes: PyTree | None = None,
+    independent_weight_decay: Scalar = 0.0,
+    shapes: PyTree | Transfer | None = None,
     embedding_readout_learning_rate: Rate | None = None,
     b1: float = 0.9,
     b2: float = 0.98,
@@ -406,21 +405,19 @@ def soap(
     precondition_frequency: int = 10,
     exact_steps: int = 20,
     stagger: bool = True,
+    preconditioner_dtype: jax.typing.DTypeLike = jnp.float32,
     hidden_only: bool = False,
     spectral_norm: bool = False,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    learning_rate_scaling: LearningRateScaling = "mup",
-    weight_decay_scaling: WeightDecayScaling = "1/width",
-    scale_epsilon: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP with blocks on matrices, on the width side alone of embedding and readout.
 
     Args:
-      learning_rate, schedule, weight_decay, shapes, embedding_readout_learning_rate,
-        learning_rate_scaling, weight_decay_scaling, scale_epsilon: as in `adamw`.
+      learning_rate, schedule, weight_decay, independent_weight_decay, shapes,
+        embedding_readout_learning_rate: as in `adamw`.
       b1, b2, eps: as in `scale_by_soap`; of Adam too. ε is that of the base model.
       block_size, max_preconditioner_dim, precondition_frequency, exact_steps, stagger,
-        weight_dimension_numbers: as in `scale_by_soap`.
+        preconditioner_dtype, weight_dimension_numbers: as in `scale_by_soap`.
       hidden_only: whether embedding and readout are left to Adam.
       spectral_norm: as in `muon`.
 
@@ -444,11 +441,9 @@ def soap(
         learning_rate,
         schedule,
         weight_decay,
+        independent_weight_decay,
         shapes,
         embedding_readout_learning_rate,
-        learning_rate_scaling,
-        weight_decay_scaling,
-        scale_epsilon,
     )
 
     def on(role: str, sides: Sides) -> optax.GradientTransformation:
@@ -460,6 +455,7 @@ def soap(
             precondition_frequency=precondition_frequency,
             exact_steps=exact_steps,
             stagger=stagger,
+            preconditioner_dtype=preconditioner_dtype,
             sides=sides,
             weight_dimension_numbers=weight_dimension_numbers,
         )

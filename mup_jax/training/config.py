@@ -13,13 +13,15 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jax
+import optax
 
 from mup_jax.models.attention import attention_of
 from mup_jax.models.llama import LlamaConfig
 from mup_jax.optimizers import find_optimizer
-from mup_jax.optimizers.assembly import EPSILONS
+from mup_jax.optimizers.assembly import EPSILONS, Transfer
 from mup_jax.optimizers.from_file import FileOptimizer, is_file, read_file
 from mup_jax.transfer import ParamShape
+from mup_jax.transfer.mup import IndependentScaling
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -35,10 +37,16 @@ _SET_BY_TRAINER = {
     "learning_rate",
     "embedding_readout_learning_rate",
     "weight_decay",
+    "independent_weight_decay",
     "schedule",
     "shapes",
     "weight_dimension_numbers",
 }
+# Options that say how hyperparameters depend on the size of the model, and their types: those of
+# `Transfer`, and whether the learning rate multiplies the decay.
+_DECAY_SCALING = "weight_decay_scaling"
+TRANSFER_OPTIONS = {k: kind for k, kind in get_type_hints(Transfer).items() if k != "shapes"}
+TRANSFER_OPTIONS[_DECAY_SCALING] = Literal[*get_args(IndependentScaling), "learning_rate"]
 
 
 def default_settings() -> dict[str, Any]:
@@ -47,7 +55,10 @@ def default_settings() -> dict[str, Any]:
     `base` is the model in which learning rate and weight decay were tuned. `tokens` and
     `warmup_tokens` count training tokens; steps follow from `batch_size` (rows) and `context`.
     Embedding, readout and vectors have `optimizer.embedding_readout_factor` times the learning rate
-    of hidden matrices. `optimizer.options` are passed on to `mup_jax.<optimizer.name>`;
+    of hidden matrices. `optimizer.weight_decay` is the independent λ; with the option
+    `weight_decay_scaling="learning_rate"` it is multiplied by the learning rate, as that of
+    `optax.adamw`. `optimizer.options` are passed on to `mup_jax.<optimizer.name>` and its
+    `mup_jax.Transfer`;
     `optimizer.epsilon`, where it is not None, is every absolute ε of it. A name like
     my_optimizer.py:make is that of a function in a file (see `mup_jax.optimizers.from_file`), whose
     text `with_source` adds as `optimizer.source`. `clip_norm` bounds the
@@ -159,6 +170,26 @@ def optimizer_of(config: Config) -> Callable[..., Any]:
     return find_optimizer(config.optimizer.name, getattr(config.optimizer, "source", ""))
 
 
+def make_optimizer(
+    make: Callable[..., Any],
+    learning_rate: Any,
+    *,
+    shapes: Any,
+    weight_decay: Any,
+    options: Mapping[str, Any],
+    **arguments: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with a run's options and weight decay, which `default_settings` explains."""
+    own = {key: value for key, value in options.items() if key not in TRANSFER_OPTIONS}
+    scalings = {key: value for key, value in options.items() if key in TRANSFER_OPTIONS}
+    decay = "independent_weight_decay"
+    if scalings.get(_DECAY_SCALING) == "learning_rate":
+        decay = "weight_decay"
+        del scalings[_DECAY_SCALING]
+    given = {decay: weight_decay, "shapes": Transfer(shapes, **scalings), **own, **arguments}
+    return make(learning_rate, **given)
+
+
 def with_source(config: "ConfigDict") -> "ConfigDict":
     """A configuration with the text of the file that its optimizer is from, where it is from one.
 
@@ -228,10 +259,10 @@ def check_optimizer(name: str, options: Any, source: str = "") -> None:
       source: the text of its file, where it is from one.
     """
     make = find_optimizer(name, source)
-    types = get_type_hints(make)
+    types = get_type_hints(make) | TRANSFER_OPTIONS
     parameters = inspect.signature(make).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        known = [key for key in parameters if key not in _SET_BY_TRAINER]
+        known = [key for key in parameters if key not in _SET_BY_TRAINER] + [*TRANSFER_OPTIONS]
         check_known(options, known, f"{name}.options")
     for key, value in options.items():
         _check_type(f"{name}.options.{key}", value, types.get(key, Any))
@@ -263,7 +294,10 @@ def _check_options(name: str, options: str, source: str) -> None:
     matrix = {"w": jax.ShapeDtypeStruct((2, 2), "float32")}
     shapes = {"w": ParamShape("hidden", 2, 2, 2, 2)}
     try:
-        optimizer = find_optimizer(name, source)(1.0, shapes=shapes, **json.loads(options))
+        make = find_optimizer(name, source)
+        optimizer = make_optimizer(
+            make, 1.0, shapes=shapes, weight_decay=0.0, options=json.loads(options)
+        )
         functions = {"obj_fn": lambda tree: tree["w"].sum(), "logits_fn": lambda tree: tree["w"]}
         jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w, **functions), matrix)
     except (TypeError, ValueError) as error:

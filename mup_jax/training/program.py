@@ -22,6 +22,7 @@ from mup_jax.training.config import (
     Config,
     as_namespace,
     epsilons_of,
+    make_optimizer,
     model_config,
     optimizer_of,
     program_identity,
@@ -189,14 +190,15 @@ class Program:
                 epsilons_of(config.name, config.options, getattr(config, "source", "")),
                 hyperparameters.epsilon,
             )
-        optimizer = make(
+        optimizer = make_optimizer(
+            make,
             hyperparameters.learning_rate,
             embedding_readout_learning_rate=hyperparameters.learning_rate
             * hyperparameters.embedding_readout_factor,
             weight_decay=hyperparameters.weight_decay,
             schedule=self.schedule,
             shapes=self.shapes,
-            **options,
+            options=options,
         )
         if not self.config.clip_norm:
             return optimizer

@@ -65,14 +65,14 @@ def mup(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-IndependentScaling = Literal["1/width", "constant", "none"]
+IndependentScaling = Literal["1/width", "constant"]
 
 
 def weight_decay_factor(shape: ParamShape, scaling: IndependentScaling | Rule) -> float:
     """The factor of λ for a parameter that decays; see `add_independent_weight_decay`."""
     if isinstance(scaling, Rule):
         return scaling.learning_rate(shape)
-    return {"1/width": 1 / shape.width_ratio, "constant": 1.0, "none": 0.0}[scaling]
+    return {"1/width": 1 / shape.width_ratio, "constant": 1.0}[scaling]
 
 
 def add_independent_weight_decay(
@@ -93,7 +93,7 @@ def add_independent_weight_decay(
       shapes: from `infer_shapes`; None means the base model itself, where λ is as given.
       scaling: "1/width" divides λ by the width ratio of each parameter (Qiu et al.,
         arXiv 2512.05620: best for every optimizer), "constant" does not (µP theory and Gupta et
-        al., arXiv 2602.20937), "none" adds nothing; a Rule multiplies λ by its factor of η.
+        al., arXiv 2602.20937); a Rule multiplies λ by its factor of η.
       mask: which parameters to decay, as in `optax.add_decayed_weights`; None means all but scalars
         and vectors.
 
@@ -113,11 +113,9 @@ def add_independent_weight_decay(
     """
     if not isinstance(scaling, Rule) and scaling not in get_args(IndependentScaling):
         raise ValueError(
-            f"scaling={scaling!r}: choose '1/width', 'constant' or 'none', or for decay that is "
+            f"scaling={scaling!r}: choose '1/width' or 'constant', or for decay that is "
             "scaled by the learning rate give the optimizer's rule"
         )
-    if scaling == "none":
-        return optax.identity()
 
     def decay(shape: ParamShape | None, u: jax.Array, w: jax.Array) -> jax.Array:
         if mask is None and (w.ndim < 2 or (shape is not None and shape.role == "vector")):

@@ -171,15 +171,16 @@ batch at a given number of tokens, and falls as the root of the tokens at a give
 
 ## Without rules
 
-`learning_rate_scaling` of the optimizers is `mup`, these rules. For comparison it can be
+`learning_rate_scaling` of a `mup_jax.Transfer` is `mup`, these rules. For comparison it can be
 `constant`, which is standard parametrization, or `1/width`, Adam's rule for every optimizer; ε
 follows `scale_epsilon`. Neither transfers.
 
 ## Weight decay
 
 Decay is λ·W beside η·u, independent of η, with λ ∝ 1/width by default, which [Q] find best for
-every optimizer; `weight_decay_scaling` of the optimizers can be `constant` as well ([G]),
-`learning_rate` (λ times η, as in `optax.adamw`), or `none`.
+every optimizer; `weight_decay_scaling` of a `mup_jax.Transfer` can be `constant` as well ([G]).
+The optimizers call it `independent_weight_decay`, and decay that η multiplies, as in `optax.adamw`,
+`weight_decay`.
 
 [Q]: https://arxiv.org/abs/2512.05620
 [G]: https://arxiv.org/abs/2602.20937

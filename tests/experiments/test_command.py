@@ -125,10 +125,10 @@ def write_config(tmp_path):
         (["block_size=12", "eps=1e-6"], {"block_size": 12, "eps": 1e-6}),
         (["block_size=None", "stagger=false"], {"block_size": None, "stagger": False}),
         (
-            ["weight_decay_scaling=none", "learning_rate_scaling=1/width"],
+            ["weight_decay_scaling=constant", "learning_rate_scaling=1/width"],
             {
                 "block_size": 8,
-                "weight_decay_scaling": "none",
+                "weight_decay_scaling": "constant",
                 "learning_rate_scaling": "1/width",
             },
         ),

@@ -8,6 +8,7 @@ import pytest
 import mup_jax
 from experiments.ladder.parametrizations import PARAMETRIZATIONS
 from mup_jax.optimizers import OPTIMIZERS
+from mup_jax.training.config import make_optimizer
 
 BASE, WIDTH, VOCABULARY = 8, 32, 6
 K = WIDTH // BASE
@@ -27,7 +28,9 @@ def updates(optimizer, parametrization, width, *, decay=0.0, gradient=1.0):
     options = PARAMETRIZATIONS[parametrization].options_of(optimizer)
     params = params_of(width)
     shapes = mup_jax.infer_shapes(params_of(BASE), params, roles={role: role for role in params})
-    make = OPTIMIZERS[optimizer](1.0, weight_decay=decay, shapes=shapes, **options)
+    make = make_optimizer(
+        OPTIMIZERS[optimizer], 1.0, weight_decay=decay, shapes=shapes, options=options
+    )
     keys = jax.random.split(jax.random.key(0), len(params))
     gradients = {
         role: gradient * jax.random.normal(key, w.shape)
@@ -84,7 +87,8 @@ def test_weight_decay(parametrization, factor):
     options = PARAMETRIZATIONS[parametrization].options_of("muon")
     params = params_of(WIDTH)
     shapes = mup_jax.infer_shapes(params_of(BASE), params, roles={role: role for role in params})
-    optimizer = OPTIMIZERS["muon"](1.0, weight_decay=0.1, shapes=shapes, **options)
+    make = OPTIMIZERS["muon"]
+    optimizer = make_optimizer(make, 1.0, weight_decay=0.1, shapes=shapes, options=options)
     zero = jax.tree.map(jnp.zeros_like, params)
     got, _ = optimizer.update(zero, optimizer.init(params), params)
     np.testing.assert_allclose(got["hidden"], -0.1 * factor, rtol=1e-5)

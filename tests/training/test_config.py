@@ -160,7 +160,7 @@ def test_numbers_that_mean_nothing(key, value):
             "lion",
             "weight_decay_scaling",
             None,
-            "choose one of 1/width, constant, learning_rate, none",
+            "choose one of 1/width, constant, learning_rate",
         ),
     ],
 )
@@ -174,7 +174,7 @@ def test_options_that_mean_nothing(name, option, value, remedy):
     ("name", "options"),
     [
         ("soap", {"block_size": None, "eps": 1e-6, "stagger": False, "exact_steps": 2}),
-        ("shampoo", {"exponent": 1, "adam_eps": 0.0, "weight_decay_scaling": "none"}),
+        ("shampoo", {"exponent": 1, "adam_eps": 0.0, "weight_decay_scaling": "learning_rate"}),
         ("sophia", {"gamma": None, "seed": 3}),
     ],
 )
@@ -185,7 +185,7 @@ def test_options(name, options):
 def test_a_misspelt_option_is_told_all_that_there_are():
     message = (
         r"unknown key lion\.options\.b_1: did you mean 'b1'\? known are b1, b2, "
-        "learning_rate_scaling, weight_decay_scaling"
+        "learning_rate_scaling, weight_decay_scaling, scale_epsilon"
     )
     with pytest.raises(ValueError, match=message):
         check_optimizer("lion", {"b_1": 0.5})

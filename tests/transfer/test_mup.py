@@ -254,7 +254,6 @@ def decay_of(transformation, params=VECTOR):
         ({}, 0.6, 0.0),
         ({"shapes": VECTOR_SHAPES}, 0.2, 0.0),
         ({"shapes": VECTOR_SHAPES, "scaling": "constant"}, 0.6, 0.0),
-        ({"shapes": VECTOR_SHAPES, "scaling": "none"}, 0.0, 0.0),
         ({"mask": lambda p: jax.tree.map(lambda x: True, p)}, 0.6, 0.6),
         ({"shapes": VECTOR_SHAPES, "mask": lambda p: jax.tree.map(lambda x: True, p)}, 0.2, 0.2),
     ],

@@ -324,7 +324,6 @@ def test_describe():
     ("rule", "scaling", "factors"),
     [
         (rules.adam(), "constant", ["0.25", "0.08333", "1"]),
-        (rules.adam(), "none", ["0.25", "0.08333", "0"]),
         (rules.sgd(), "1/width", ["3", "–", "0.25"]),
         # relative
         (rules.shampoo(block_size=None), "1/width", ["0.3333", "–", "0.25"]),
