@@ -5,6 +5,8 @@ blocks of matrices. So a mesh axis along which a shard holds whole blocks stays 
 and any other is moved to the stack: each device then has fewer matrices, and more of each. Where
 matrices are few and one of their sides has no preconditioner (a vocabulary), it is moved to that
 side, which may be divided at any place. Such a move is one all-to-all, and its way back another.
+That side is filled up with zeros to a length that most numbers of devices divide, the same on every
+mesh, so that its state is stored as it is used.
 Axes over which a parameter is replicated divide the work too: on the way in a device takes its part
 of what it has, on the way back parts are gathered.
 
@@ -30,31 +32,43 @@ Layout = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 UNDIVIDED: Layout = ((), (), ())
 
 
-class _Move(NamedTuple):
-    """One mesh axis on its way from an array axis (None: replicated) to another."""
+def _fit(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """x cut off, or filled up with zeros, to a shape."""
+    if x.shape == tuple(shape):
+        return x
+    x = x[tuple(map(slice, shape))]
+    return jnp.pad(x, [(0, wanted - had) for wanted, had in zip(shape, x.shape, strict=True)])
 
-    name: str
+
+def _filled_up(length: int) -> int:
+    """A multiple of 128, or of the largest power of two below, that is longer by 1% at most."""
+    multiples = (-(-length // 2**power) * 2**power for power in range(7, -1, -1))
+    return next(multiple for multiple in multiples if multiple <= 1.01 * length)
+
+
+class _Move(NamedTuple):
+    """Mesh axes, major first, on their way from an array axis (None: replicated) to another."""
+
+    names: tuple[str, ...]
     size: int
     source: int | None
     target: int
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """Pads the target axis with zeros where the devices do not divide it."""
-        missing = -x.shape[self.target] % self.size
-        if missing:
-            x = jnp.pad(x, [(0, missing if a == self.target else 0) for a in range(x.ndim)])
+        """Fills up the target axis with zeros where the devices do not divide it."""
+        part = -(-x.shape[self.target] // self.size)
+        x = _fit(x, [part * self.size if a == self.target else n for a, n in enumerate(x.shape)])
         if self.source is not None:
-            return jax.lax.all_to_all(x, self.name, self.target, self.source, tiled=True)
-        part = x.shape[self.target] // self.size
-        start = jax.lax.axis_index(self.name) * part
+            return jax.lax.all_to_all(x, self.names, self.target, self.source, tiled=True)
+        start = jax.lax.axis_index(self.names) * part
         return jax.lax.dynamic_slice_in_dim(x, start, part, self.target)
 
     def undo(self, x: jax.Array, length: int) -> jax.Array:
         """The inverse of `apply`; `length` is that of the target axis before it."""
         if self.source is None:
-            x = jax.lax.all_gather(x, self.name, axis=self.target, tiled=True)
+            x = jax.lax.all_gather(x, self.names, axis=self.target, tiled=True)
         else:
-            x = jax.lax.all_to_all(x, self.name, self.source, self.target, tiled=True)
+            x = jax.lax.all_to_all(x, self.names, self.source, self.target, tiled=True)
         return jax.lax.slice_in_dim(x, 0, length, axis=self.target)
 
 
@@ -92,6 +106,29 @@ def _part(
     ]
 
 
+def _filled_up_part(
+    shape: Sequence[int],
+    layout: Sequence[tuple[str, ...]],
+    sizes: Mapping[str, int],
+    on: tuple[bool, bool],
+) -> list[int]:
+    """The shape of a device's part of a group in the layout of the parameters, before any move.
+
+    Sides without preconditioners are filled up, unless they are divided already, and would begin at
+    other places in each part.
+    """
+    part = _part(shape, layout, sizes)
+    for axis in _parted(on):
+        if not layout[axis]:
+            part[axis] = _filled_up(part[axis])
+    return part
+
+
+def _parted(on: tuple[bool, bool]) -> tuple[int, ...]:
+    """The axes along which devices may have parts of the same block."""
+    return tuple(axis for axis in (IN, OUT) if not on[axis - 1])
+
+
 class StateArray(NamedTuple):
     """A whole array of a group's state."""
 
@@ -124,12 +161,12 @@ class ShardingPlan:
     @property
     def part(self) -> tuple[int, int, int]:
         """The shape of what a device computes on."""
-        n, d_in, d_out = _shapes(self.moves, self._parameter_part)[-1]
+        n, d_in, d_out = _shapes(self.moves, self._filled_up_part)[-1]
         return n, d_in, d_out
 
     @property
-    def _parameter_part(self) -> list[int]:
-        return _part(self.shape, self.parameter_layout, self.sizes)
+    def _filled_up_part(self) -> list[int]:
+        return _filled_up_part(self.shape, self.parameter_layout, self.sizes, self.on)
 
     def number_of_parts(self, axis: int) -> int:
         """Into how many parts an axis of the group is divided for the computation."""
@@ -137,11 +174,12 @@ class ShardingPlan:
 
     def to_compute(self, x: jax.Array) -> jax.Array:
         """A device's part of a group, in the layout of the parameters -> in that of the work."""
-        return _apply(self.moves, x)
+        return _apply(self.moves, _fit(x, self._filled_up_part))
 
     def from_compute(self, x: jax.Array) -> jax.Array:
         """The inverse of `to_compute`."""
-        return _undo(self.moves, x, self._parameter_part)
+        part = _part(self.shape, self.parameter_layout, self.sizes)
+        return _fit(_undo(self.moves, x, self._filled_up_part), part)
 
     def offset(self, axis: int, length: int) -> jax.Array | int:
         """Where a device's part of an axis of the group begins, of `length` parts in all."""
@@ -164,7 +202,7 @@ class ShardingPlan:
     @property
     def parted(self) -> tuple[int, ...]:
         """The axes along which devices may have parts of the same block."""
-        return tuple(axis for axis, on in zip((IN, OUT), self.on, strict=True) if not on)
+        return _parted(self.on)
 
     def _storage(self, array: StateArray) -> tuple[list[tuple[str, ...]], tuple[_Move, ...]]:
         """The mesh axes along each axis of a stored array, and the moves from there to the work.
@@ -184,9 +222,10 @@ class ShardingPlan:
             along = array.axes[axis]
             if along is None:  # alike on all these devices
                 continue
+            is_filled_up = self._is_filled_up(axis)
             for name in self.compute_layout[axis]:
                 # What follows an axis that comes later has to come later too.
-                if along not in targets and fits(name, along):
+                if along not in targets and fits(name, along) and not is_filled_up:
                     names[along] += (name,)
                     local[along] //= self.sizes[name]
                 else:
@@ -201,7 +240,7 @@ class ShardingPlan:
                 # The minor axis leaves first, so that what stays is in order.
                 lent[source] = (name, *lent[source])
                 local[source] //= self.sizes[name]
-            moves.append(_Move(name, self.sizes[name], source, target))
+            moves.append(_Move((name,), self.sizes[name], source, target))
         return [a + b for a, b in zip(names, lent, strict=True)], tuple(moves)
 
     def spec(self, array: StateArray) -> jax.P:
@@ -212,13 +251,29 @@ class ShardingPlan:
         """The shape of a device's part of an array, as it is stored."""
         return tuple(_part(array.shape, self._storage(array)[0], self.sizes))
 
+    def _is_filled_up(self, axis: int) -> bool:
+        """Whether state has an axis longer than it is in use, as parameters are divided there."""
+        length = self.shape[axis]
+        is_divided = bool(self.parameter_layout[axis])
+        return axis in self.parted and is_divided and _filled_up(length) > length
+
+    def _used_shape(self, array: StateArray) -> list[int]:
+        """That of a device's part of an array, as it is stored, without what is never used."""
+        shape = [*self.stored_shape(array)]
+        for axis in self.parted:
+            along = array.axes[axis]
+            if along is not None and self._is_filled_up(axis):
+                shape[along] = self.shape[axis]
+        return shape
+
     def from_storage(self, x: jax.Array, array: StateArray) -> jax.Array:
         """A device's part of an array, as it is stored -> as it is used."""
-        return _apply(self._storage(array)[1], x)
+        return _apply(self._storage(array)[1], _fit(x, self._used_shape(array)))
 
     def to_storage(self, x: jax.Array, array: StateArray) -> jax.Array:
         """The inverse of `from_storage`."""
-        return _undo(self._storage(array)[1], x, self.stored_shape(array))
+        used = _undo(self._storage(array)[1], x, self._used_shape(array))
+        return _fit(used, self.stored_shape(array))
 
 
 def _units(d_in: int, d_out: int, blocking: Blocking) -> tuple[tuple[int, int], tuple[bool, bool]]:
@@ -249,34 +304,37 @@ def plan_sharding(
     """
     units, on = _units(*shape[1:], blocking)
     work = [list(names) for names in layout]
-    local = _part(shape, layout, sizes)
+    local = _filled_up_part(shape, layout, sizes, on)
     moves: list[_Move] = []
 
-    def move(name: str, source: int | None, target: int) -> None:
-        moves.append(_Move(name, sizes[name], source, target))
-        local[target] = -(-local[target] // sizes[name])
-        work[target].append(name)
+    def move(names: Sequence[str], source: int | None, target: int) -> None:
+        size = size_of(names)
+        moves.append(_Move((*names,), size, source, target))
+        local[target] = -(-local[target] // size)
+        work[target].extend(names)
 
-    # Where work can be divided unevenly: the stack, and the free side of one-sided matrices.
-    free = [axis for axis in (IN, OUT) if any(on) and not on[axis - 1]]
+    def size_of(names: Sequence[str]) -> int:
+        return math.prod(sizes[name] for name in names)
 
-    def least_padded(name: str) -> int:
-        size = sizes[name]
-        return min((STACK, *free), key=lambda axis: -(-local[axis] // size) * size / local[axis])
+    def least_padded(size: int) -> int:
+        uneven = STACK, *_parted(on)  # where work can be divided unevenly
+        return min(uneven, key=lambda axis: -(-local[axis] // size) * size / local[axis])
 
     for axis in (OUT, IN):
+        leaving: list[str] = []
         while work[axis] and local[axis] % units[axis - 1]:
-            name = work[axis].pop()
-            local[axis] *= sizes[name]
-            move(name, axis, least_padded(name))
+            leaving.insert(0, work[axis].pop())
+            local[axis] *= sizes[leaving[0]]
+        if leaving:
+            move(leaving, axis, least_padded(size_of(leaving)))
     for name in sizes:
         if any(name in names for names in work):
             continue
         axes = zip((STACK, IN, OUT), (1, *units), strict=True)
         divisible = [axis for axis, unit in axes if local[axis] % (sizes[name] * unit) == 0]
         if divisible:
-            move(name, None, divisible[0])
-        elif local[least_padded(name)] > 1:
-            move(name, None, least_padded(name))
+            move([name], None, divisible[0])
+        elif local[least_padded(sizes[name])] > 1:
+            move([name], None, least_padded(sizes[name]))
     compute_layout: Layout = (tuple(work[0]), tuple(work[1]), tuple(work[2]))
     return ShardingPlan(shape, sizes, layout, compute_layout, tuple(moves), on)

@@ -12,6 +12,9 @@ SIZES = {"a": 4, "b": 2}
 WHOLE = Blocking(None, 10_000)
 BLOCKS = Blocking(4, 10_000)
 
+# By at most 1%, on every mesh.
+FILLED_UP = {1001: 1008, 1002: 1008}
+
 CASES = {
     # Shards hold whole blocks, so nothing moves.
     "blocks": ((3, 16, 8), ((), ("a",), ("b",)), BLOCKS, ((), ("a",), ("b",)), 0),
@@ -32,8 +35,22 @@ CASES = {
         (1, 13, 8),
         ((), (), ("a", "b")),
         Blocking(4, 10_000, "out"),
+        ((), ("a", "b"), ()),
+        1,
+    ),
+    "one side, filled up": (
+        (1, 1001, 8),
+        ((), (), ("a", "b")),
+        Blocking(4, 10_000, "out"),
+        ((), ("a", "b"), ()),
+        1,
+    ),
+    "one side, divided, and filled up where it is not": (
+        (1, 1002, 8),
+        ((), ("b",), ("a",)),
+        Blocking(None, 10_000, "out"),
         ((), ("b", "a"), ()),
-        2,
+        1,
     ),
     "one side, a few": (
         (2, 13, 8),
@@ -97,6 +114,7 @@ def state_array(shape, blocking, plan, kind):
         for d, on in zip(shape[1:], plan.on, strict=True)
     ]
     grid = [d // b for d, b in zip(shape[1:], lengths, strict=True)]
+    lengths = [FILLED_UP.get(length, length) for length in lengths]
     # A side that is not preconditioned is one of the axes of a block.
     inside = (3, 4) if kind == "blocks" else (None, None)
     axes = [axis if on else along for axis, along, on in zip((1, 2), inside, plan.on, strict=True)]
@@ -113,6 +131,8 @@ def test_state_is_stored_in_equal_shares_and_comes_back(name, kind):
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     spec = plan.spec(array)
     x = 1 + np.arange(np.prod(array.shape), dtype=np.float32).reshape(array.shape)
+    if kind == "blocks":
+        x[..., shape[1] :, :] = 0.0  # what is filled up
 
     def there_and_back(x):
         assert x.shape == plan.stored_shape(array)
@@ -135,7 +155,18 @@ def test_state_is_stored_in_equal_shares_and_comes_back(name, kind):
     np.testing.assert_array_equal(back, x)
     # What is used is what was stored, with zeros where the devices do not divide an axis.
     used = np.asarray(used)
-    np.testing.assert_array_equal(used[used > 0], x.ravel())
+    np.testing.assert_array_equal(used[used > 0], x[x > 0])
     unused = [name for name in SIZES if not any(name in names for names in plan.compute_layout)]
     if not unused and None not in array.axes:
         assert np.prod(plan.stored_shape(array)) * 8 == np.prod(array.shape)
+
+
+def test_a_vocabulary_that_nothing_divides_is_stored_as_it_is_used():
+    """That of GPT-2; otherwise the whole state would move there and back at every step."""
+    blocking, sizes = Blocking(512, 10_000, "out"), {"data": 4, "model": 4}
+    plan = plan_sharding((1, 50257, 1024), ((), (), ("data", "model")), sizes, blocking)
+    assert plan.compute_layout == ((), ("data", "model"), ())
+    array = StateArray((1, 1, 2, 50304, 512), np.float32, (0, 3, None))
+    assert plan.spec(array) == jax.P(None, None, None, ("data", "model"), None)
+    assert plan.part == (1, 50304 // 16, 1024)
+    assert plan.stored_shape(array) == (1, 1, 2, 50304 // 16, 512)
