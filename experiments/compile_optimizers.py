@@ -1,13 +1,12 @@
-"""Compiles each optimizer's update of a Llama for a TPU slice that is not there.
+"""Compiles each optimizer's update of a Llama for TPUs or GPUs that are not there.
 
     pip install 'jax[tpu]'
     export JAX_PLATFORMS=cpu
     python -m experiments.compile_optimizers --output=results/compile_optimizers.json
 
-Parameters are sharded over both axes of the slice. The table tells, for each optimizer, how long
+Parameters are sharded over both axes of the topology. The table tells, for each optimizer, how long
 the compiler took, what a device holds and computes, how often it communicates, and whether an
-eigendecomposition is left, which TPUs compile for minutes. XLA counts the body of a loop once, so
-the iterations of a root or a basis are not all in the FLOPs.
+eigendecomposition is left, which TPUs compile for minutes. FLOPs are our own count of a usual step.
 """
 
 import json
@@ -23,12 +22,13 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 import mup_jax
-from experiments.topologies import count_collectives, tpu_slice
+from experiments.collectives import count_collectives
+from experiments.topologies import find_topology
 from mup_jax.models.llama import Llama, LlamaConfig, roles
 from mup_jax.optimizers import OPTIMIZERS
 from mup_jax.training.flops import count_flops
 
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Of the TPU slice.")
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPU slice, or hosts of GPUs as h100:2x8.")
 LAYERS = flags.DEFINE_integer("layers", 32, "Layers of the Llama.", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", 1024, "Width of the Llama, a multiple of 64.", lower_bound=64)
 VOCABULARY = flags.DEFINE_integer("vocabulary", 50257, "Tokens.", lower_bound=1)
@@ -58,7 +58,7 @@ def shard(params: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(place, roles(params), params)
 
 
-def compile_update(name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def compile_update(name: str, mesh: jax.sharding.Mesh, platform: str) -> dict[str, Any]:
     """One row of the table."""
     params = parameters(WIDTH.value)
     shapes = mup_jax.infer_shapes(
@@ -77,7 +77,7 @@ def compile_update(name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         start = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
-        flops = count_flops(optimizer.update, params, state, params, platform="tpu")
+        flops = count_flops(optimizer.update, params, state, params, platform=platform)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
         raise RuntimeError("this compiler reports no memory or text")
@@ -113,13 +113,13 @@ def main(_: list[str]) -> None:
     unknown = set(NAMES.value) - set(OPTIMIZERS)
     if unknown:
         raise app.UsageError(f"--optimizers: choose from {', '.join(OPTIMIZERS)}, not {unknown}")
-    tpu = tpu_slice(TOPOLOGY.value)
-    mesh = jax.make_mesh(tpu.sizes, ("data", "model"), devices=tpu.devices)
+    topology = find_topology(TOPOLOGY.value)
+    mesh = jax.make_mesh(topology.sizes, ("data", "model"), devices=topology.devices)
     print(
         f"{TOPOLOGY.value}, a Llama of {LAYERS.value} layers with D = {WIDTH.value}; "
         f"per device, jax {jax.__version__}\n"
     )
-    rows = {name: compile_update(name, mesh) for name in NAMES.value}
+    rows = {name: compile_update(name, mesh, topology.platform) for name in NAMES.value}
     print(table(rows))
     if OUTPUT.value:
         path = pathlib.Path(OUTPUT.value)

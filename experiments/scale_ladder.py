@@ -34,7 +34,7 @@ from experiments.ladder.plan import Ladder
 from experiments.ladder.report import read_results, result_lines, write_report
 from experiments.ladder.schedule import work_of
 from experiments.ladder.status import status
-from experiments.topologies import tpu_slice
+from experiments.topologies import Topology, find_topology
 from mup_jax.training import claim_workdir
 
 
@@ -44,7 +44,7 @@ def main(flags: Any) -> None:
     if flags.mode == "plan":
         print(describe(ladder))
         if flags.topology:
-            _print_fit(ladder, flags.topology)
+            _print_fit(ladder, find_topology(flags.topology))
         else:
             print(f"\n{describe_scaling(ladder)}\n", flush=True)
             print(estimate(ladder))
@@ -76,16 +76,19 @@ def _show_so_far(ladder: Ladder, workdir: Path, results: Results) -> None:
         print(write_report(lines, workdir, with_figures=False), flush=True)
 
 
-def _print_fit(ladder: Ladder, topology: str) -> None:
-    tpu = tpu_slice(topology)
-    print(f"\n{heading(topology, tpu)}")
-    for row in fit(ladder, tpu):
+def _print_fit(ladder: Ladder, topology: Topology) -> None:
+    print(f"\n{heading(topology)}")
+    for row in fit(ladder, topology):
         print(line(row), flush=True)
 
 
 def define_flags() -> None:
     absl_flags.DEFINE_enum("mode", "run", ["run", "plan", "status", "report"], "What to do.")
-    absl_flags.DEFINE_string("topology", "", "TPU slice to plan for, like v5e:8x8.")
+    absl_flags.DEFINE_string(
+        "topology",
+        "",
+        "What to plan for: a TPU slice like v5e:8x8, or hosts of GPUs like h100:2x8.",
+    )
     absl_flags.DEFINE_multi_string("add", [], "FILE.py:FUNCTION of an optimizer of your own.")
     absl_flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where cells run.")
 

@@ -1,6 +1,7 @@
-"""Which rungs of a ladder fit on a TPU slice that is not there, and with which mesh."""
+"""Which rungs of a ladder fit on TPUs or GPUs that are not there, and with which mesh."""
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from experiments.collectives import traffic
 from experiments.ladder.plan import Ladder, Rung, Series
-from experiments.topologies import Slice, count_collectives
+from experiments.topologies import Topology
 from mup_jax.models.llama import forward_flops_per_token
 from mup_jax.training.mesh import AXES, mesh_shape
 from mup_jax.training.program import Program
@@ -17,12 +19,12 @@ from mup_jax.training.program import Program
 _GIBIBYTE = 2**30
 
 
-def fit(ladder: Ladder, tpu: Slice) -> Iterator[dict[str, Any]]:
+def fit(ladder: Ladder, topology: Topology) -> Iterator[dict[str, Any]]:
     """For each rung and optimizer the first arrangement that fits, or the last one tried.
 
     The mesh is that of the configuration; where that leaves parameters whole, they are divided over
-    as many devices as they can. Of activations all are kept, or else those of matrix products, or
-    else none.
+    the GPUs of a host, or else over as many devices as they can. Of activations all are kept, or
+    else those of matrix products, or else none.
     """
     for rung in ladder.rungs:
         for optimizer in ladder.config.optimizers:
@@ -32,36 +34,41 @@ def fit(ladder: Ladder, tpu: Slice) -> Iterator[dict[str, Any]]:
             yield {
                 "rung": rung.name,
                 "optimizer": optimizer,
-                **_fit_cell(config, rung, ladder, tpu),
+                **_fit_cell(config, rung, ladder, topology),
             }
 
 
-def _fit_cell(config: ConfigDict, rung: Rung, ladder: Ladder, tpu: Slice) -> dict[str, Any]:
+def _fit_cell(config: ConfigDict, rung: Rung, ladder: Ladder, topology: Topology) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    for arrangement in _arrangements(config, len(tpu.devices)):
-        row = _compile(arrangement, rung, ladder.vocab_size, tpu)
+    for arrangement in _arrangements(config, topology):
+        row = _compile(arrangement, rung, ladder.vocab_size, topology)
         if row["fits"]:
             break
     return row
 
 
-def _arrangements(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
+def _arrangements(config: ConfigDict, topology: Topology) -> Iterator[ConfigDict]:
     """Configurations that need less and less memory on a device."""
-    fsdp = config.mesh.fsdp
-    if fsdp == config.mesh.tensor == 1:
-        fsdp = math.gcd(config.model.width, math.gcd(config.batch_size, devices))
+    meshes = [config.mesh.fsdp]
+    if meshes == [config.mesh.tensor] == [1]:
+        # Within a host GPUs are connected ten times as fast as beyond it.
+        limits = topology.sizes[-1:] if topology.platform == "gpu" else ()
+        divisible = math.gcd(config.model.width, config.batch_size)
+        meshes = [math.gcd(divisible, n) for n in (*limits, len(topology.devices))]
     kept = [config.remat] if config.remat != "none" else ["none", "dots", "full"]
-    for remat in kept:
+    for remat, fsdp in itertools.product(kept, dict.fromkeys(meshes)):
         arranged = copy.deepcopy(config)
         arranged.remat = remat
+        if topology.platform == "gpu":
+            arranged.attention = "xla"  # cuDNN's needs cuDNN when it is compiled
         if fsdp != config.mesh.fsdp:
             arranged.mesh.update(data=-1, fsdp=fsdp)
         yield arranged
 
 
-def _compile(config: ConfigDict, rung: Rung, vocab_size: int, tpu: Slice) -> dict[str, Any]:
-    shape = mesh_shape(config, len(tpu.devices))
-    mesh = jax.make_mesh(shape, AXES, devices=tpu.devices)
+def _compile(config: ConfigDict, rung: Rung, vocab_size: int, topology: Topology) -> dict[str, Any]:
+    shape = mesh_shape(config, len(topology.devices))
+    mesh = jax.make_mesh(shape, AXES, devices=topology.devices)
     with jax.set_mesh(mesh):
         program = Program(config, vocab_size)
         tokens = config.batch_size * config.context
@@ -71,7 +78,7 @@ def _compile(config: ConfigDict, rung: Rung, vocab_size: int, tpu: Slice) -> dic
             "mesh": dict(zip(AXES, shape, strict=True)),
             "remat": config.remat,
             "model_flops": 3 * forward_flops_per_token(program.model, config.context) * tokens,
-            "optimizer_flops": program.count_optimizer_flops(platform="tpu"),
+            "optimizer_flops": program.count_optimizer_flops(platform=topology.platform),
         }
         try:
             compiled = program.step
@@ -88,17 +95,17 @@ def _compile(config: ConfigDict, rung: Rung, vocab_size: int, tpu: Slice) -> dic
     return row | {
         "state_gibibytes": memory.argument_size_in_bytes / _GIBIBYTE,
         "gibibytes": gibibytes,
-        "fits": gibibytes <= tpu.gigabytes,
-        "collectives": count_collectives(text),
+        "fits": gibibytes <= topology.gigabytes,
+        "collectives": traffic(text),
     }
 
 
-def heading(topology: str, tpu: Slice) -> str:
+def heading(topology: Topology) -> str:
     return (
-        f"{topology}: {len(tpu.devices)} devices of {tpu.gigabytes} GiB; a step of training, "
-        f"bytes per device, jax {jax.__version__}\n\n"
+        f"{topology.name}: {len(topology.devices)} devices of {topology.gigabytes:.1f} GiB; a step "
+        f"of training, bytes per device, jax {jax.__version__}\n\n"
         "| rung | optimizer | parameters | tokens | model, FLOPs | optimizer | state, GiB | "
-        "in all, GiB | fits | mesh | kept | collectives |\n"
+        "in all, GiB | fits | mesh | kept | collectives, GiB sent |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
 
@@ -107,7 +114,10 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table, in Markdown."""
     mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
     kept = {"none": "all", "dots": "products", "full": "none"}[row["remat"]]
-    collectives = ", ".join(f"{n} {name}" for name, n in row.get("collectives", {}).items())
+    collectives = ", ".join(
+        f"{sent.calls} {kind} {sent.bytes / _GIBIBYTE:.2g}"
+        for kind, sent in row.get("collectives", {}).items()
+    )
     share = row["optimizer_flops"] / (row["model_flops"] + row["optimizer_flops"])
     # Of a program that the compiler found too large nothing else is known.
     measured = lambda key, digits: f"{row[key]:.{digits}f}" if key in row else "?"

@@ -1,5 +1,6 @@
 """The ladder: planning and scheduling without training, and one tiny ladder for real."""
 
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 from configs import ladder_cpu, ladder_paper
 from experiments.cells.cell import FinishedCells, folder_of
 from experiments.cells.claims import held
+from experiments.collectives import Traffic
 from experiments.ladder import describe as describe_lib
 from experiments.ladder import fit
 from experiments.ladder.describe import describe, describe_scaling, estimate
@@ -23,7 +25,7 @@ from experiments.ladder.plan import Ladder, Rates, Series, default_ladder, defau
 from experiments.ladder.report import read_results, result_lines
 from experiments.ladder.schedule import missing_tasks, remaining_cells, tune
 from experiments.ladder.status import status
-from experiments.topologies import Slice
+from experiments.topologies import Topology
 from mup_jax.training.program import Program
 
 ADAMW, MUON = Series("adamw"), Series("muon")
@@ -461,11 +463,15 @@ ROW = {
 
 
 def test_rows_of_a_plan_for_a_slice():
-    measured = {"state_gibibytes": 0.5, "gibibytes": 3.25, "collectives": {"all-reduce": 6}}
+    measured = {
+        "state_gibibytes": 0.5,
+        "gibibytes": 3.25,
+        "collectives": {"all-reduce": Traffic(6, 2**29)},
+    }
     cells = fit.line(ROW | measured | {"fits": True}).strip("| ").split(" | ")
     assert cells == [
         "w8", "muon", "1,234", "5,678", "9.00e+09", "10.0%", "0.50", "3.2", "yes",
-        "fsdp 4 tensor 2", "products", "6 all-reduce",
+        "fsdp 4 tensor 2", "products", "6 all-reduce 0.5",
     ]  # fmt: skip
     assert " | ? | ? | no | fsdp 4 tensor 2 | products |  |" in fit.line(ROW | {"fits": False})
 
@@ -474,12 +480,40 @@ def test_arrangements_need_less_and_less_memory():
     config = small_ladder().train
     config.update(batch_size=8)
     config.model.width = 24
-    tried = [(a.mesh.to_dict(), a.remat) for a in fit._arrangements(config, 16)]
-    divided = {"data": -1, "fsdp": 8, "tensor": 1}
-    assert tried == [(divided, "none"), (divided, "dots"), (divided, "full")]
+    tpus = Topology("", "tpu", (4, 4), [None] * 16, 16.0)
+    arranged = lambda topology: [
+        (a.mesh.fsdp, a.remat, a.attention) for a in fit._arrangements(config, topology)
+    ]
+    assert arranged(tpus) == [(8, remat, "auto") for remat in ("none", "dots", "full")]
+    # Within a host of GPUs first.
+    hosts = tpus._replace(platform="gpu", sizes=(4, 4))
+    assert arranged(hosts)[:3] == [(4, "none", "xla"), (8, "none", "xla"), (4, "dots", "xla")]
     config.mesh.update(data=2, tensor=4)
     config.remat = "full"
-    assert [(a.mesh, a.remat) for a in fit._arrangements(config, 16)] == [(config.mesh, "full")]
+    assert [(a.mesh, a.remat) for a in fit._arrangements(config, tpus)] == [(config.mesh, "full")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "compiler"), [("h100:2x2", "jax_plugins.xla_cuda13"), ("v5e:2x2", "libtpu")]
+)
+def test_a_rung_is_planned_for_devices_that_are_not_there(tmp_path, topology, compiler):
+    if importlib.util.find_spec("jax_plugins") is None and compiler.startswith("jax_plugins"):
+        pytest.skip("needs the extra plan-gpu")
+    if importlib.util.find_spec(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    command = [
+        *(sys.executable, "-m", "experiments.scale_ladder", "--mode=plan"),
+        *(f"--topology={topology}", f"--workdir={tmp_path}", "--config.widths=(64,128)"),
+        *("--config.train.context=128", "--config.train.batch_size=16"),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = [line for line in run.stdout.splitlines() if line.startswith(("| w64 ", "| w128 "))]
+    table = [row for row in rows if "fsdp" in row]
+    assert len(table) == 8
+    assert all("| yes |" in row and "all-gather" in row for row in table)
 
 
 class Compiled:
@@ -490,7 +524,7 @@ class Compiled:
         return SimpleNamespace(**sizes, generated_code_size_in_bytes=0)
 
     def as_text(self):
-        return "x = f32[] all-reduce(y)\n"
+        return "ENTRY %main (y: f32[]) -> f32[] {\n  x = f32[] all-reduce(y)\n}\n"
 
 
 @pytest.mark.parametrize("gigabytes", [1.5, 2.5])
@@ -505,7 +539,7 @@ def test_what_does_not_fit_keeps_less(monkeypatch, gigabytes):
         return Compiled()
 
     monkeypatch.setattr(Program, "step", property(step))
-    slice_ = Slice((2, 4), jax.devices(), gigabytes)
+    slice_ = Topology("", "tpu", (2, 4), jax.devices(), gigabytes)
     rows = list(fit.fit(Ladder(small_ladder(widths=(8, 16))), slice_))
     assert [(row["rung"], row["optimizer"]) for row in rows] == [
         ("w8", "adamw"), ("w8", "muon"), ("w16", "adamw"), ("w16", "muon"),
@@ -516,5 +550,5 @@ def test_what_does_not_fit_keeps_less(monkeypatch, gigabytes):
         assert row["fits"] == fits
         assert row["gibibytes"] == 2.0
         assert row["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
-        assert row["collectives"] == {"all-reduce": 1}
+        assert row["collectives"] == {"all-reduce": (1, 4.0)}
         assert (row["optimizer_flops"] > 0) == (row["optimizer"] == "muon")
