@@ -63,7 +63,8 @@ class Block:
       shape: of the whole block, of which a device may have a part.
       sides: whether in side and out side are to be preconditioned.
       sum_over_parts: sums an array over the devices that hold parts of one block. A side that is
-        not preconditioned may be divided at any place, as that of a vocabulary is.
+        not preconditioned may be divided at any place, as that of a vocabulary is, and filled up
+        with zeros at its end.
       max_over_parts: likewise the maximum.
     """
 
