@@ -135,14 +135,6 @@ def coord_check(
 ) -> CoordinateCheck:
     """Trains a model for a few steps at several sizes and measures how far each layer moves.
 
-        def make(width):
-            shapes = mup_jax.infer_shapes(abstract_params(base_width), abstract_params(width))
-            optimizer = mup_jax.muon(0.02, shapes=shapes)
-            return lambda seed: init(jax.random.key(seed), width), optimizer, loss_fn, activations
-
-        check = mup_jax.coord_check(make, (64, 128, 256), batches)
-        assert check.passed, check
-
     The optimizer is run as it is, with all that a chain holds; updates are what it returns.
 
     Args:
@@ -166,6 +158,22 @@ def coord_check(
       ValueError: sizes, batches, steps, seeds or tolerance that measure nothing; `make` ignores the
         size; activations have other names at another size; an array is not a matrix and
         `weight_dimension_numbers` do not say how it is one.
+
+    Example:
+      >>> def params_of(width, seed=0):
+      ...     keys = jax.random.split(jax.random.key(seed))
+      ...     hidden = jax.random.normal(keys[0], (width, width)) / width**0.5
+      ...     return {"embed": jax.random.normal(keys[1], (5, width)), "hidden": hidden}
+      >>> hidden_layer = lambda params, x: jnp.tanh(x @ params["embed"] @ params["hidden"])
+      >>> loss = lambda params, x: jnp.mean(jnp.square(hidden_layer(params, x) - 0.5))
+      >>> activations = lambda params, x: {"hidden": hidden_layer(params, x)}
+      >>> def make(width):
+      ...     shapes = mup_jax.infer_shapes(params_of(8), params_of(width))
+      ...     optimizer = mup_jax.muon(0.02, shapes=shapes, embedding_readout_learning_rate=1e-3)
+      ...     return functools.partial(params_of, width), optimizer, loss, activations
+      >>> check = mup_jax.coord_check(make, (16, 32, 64), [jnp.eye(5)], steps=3)
+      >>> check.passed  # where it is not, print(check) says which layer moves how
+      True
 
     References:
       Yang et al., `Tensor programs V <https://arxiv.org/abs/2203.03466>`_, 2022, appendix D; Qiu et

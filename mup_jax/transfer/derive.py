@@ -59,6 +59,12 @@ class DerivedRule:
       residuals: of the fits of `exponents`: how far, relatively, a measurement is from the line.
       problems: why there is no rule, in sentences; empty where there is one.
       notes: what to know about the rule, likewise.
+
+    Example:
+      >>> derived = mup_jax.derive_rule(optax.scale_by_adam(), widths=(64, 128, 256))
+      >>> round(derived.exponents["hidden"], 1)  # η ∝ 1/width
+      -1.0
+      >>> rule = derived.rule  # for `mup`
     """
 
     exponents: PerLayer

@@ -28,6 +28,10 @@ class PowerLaw:
         L^α that residual branches are divided by; α is 1 unless `infer_shapes` is told otherwise.
       blocks: exponent of the number of blocks of the matrix.
       block: exponent of the block length along one side; only in the law of a side.
+
+    Example:
+      >>> mup_jax.PowerLaw(d_in=-1)  # η ∝ 1/fan-in
+      PowerLaw(d_in=-1, d_out=0.0, depth=0.0, blocks=0.0, block=0.0)
     """
 
     d_in: float = 0.0
@@ -63,6 +67,11 @@ class Rule:
         is not compared with the gradient.
       blocking: which sides have a preconditioner, in which blocks.
       source: of the rule.
+
+    Example:
+      >>> rule = mup_jax.Rule("mine", mup_jax.PowerLaw(d_in=-0.5), epsilon_degree=0)
+      >>> rule.learning_rate(mup_jax.ParamShape("hidden", 256, 256, 64, 64))
+      0.5
     """
 
     name: str

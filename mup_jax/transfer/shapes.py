@@ -39,6 +39,11 @@ class ParamShape:
       base_d_out: fan-out in the base model.
       depth_ratio: layers over layers of the base; 1 outside the residual blocks.
       residual_exponent: α, where residual branches are multiplied by depth_ratio^(-α).
+
+    Example:
+      >>> up = mup_jax.ParamShape("hidden", d_in=256, d_out=1024, base_d_in=64, base_d_out=256)
+      >>> up.width_ratio, mup_jax.rules.adam().learning_rate(up)
+      (4.0, 0.25)
     """
 
     role: Role

@@ -1,8 +1,8 @@
 """A stack of matrices as stacks of equal blocks.
 
 A side of length d is cut into d // b blocks of b and, where b does not divide d, one smaller block.
-A matrix is then at most four *pieces*, each a grid of equal blocks. None is padded along a side that
-has a preconditioner, so its spectrum is that of the weights.
+A matrix is then at most four *pieces*, each a grid of equal blocks. None is padded along a side
+with a preconditioner, so its spectrum is that of the weights.
 """
 
 import math

@@ -95,6 +95,15 @@ def scale_by_sophia_g(
     Raises:
       ValueError: update_interval < 1; at `update`, parameters or `logits_fn` are missing.
 
+    Example:
+      >>> x, labels, params = jnp.eye(6, 4), jnp.arange(6) % 5, {"w": jnp.ones((4, 5))}
+      >>> logits_fn = lambda params: x @ params["w"]
+      >>> cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+      >>> loss = lambda params: cross_entropy(logits_fn(params), labels).mean()
+      >>> tx = mup_jax.scale_by_sophia_g()
+      >>> gradient, state = jax.grad(loss)(params), tx.init(params)
+      >>> updates, state = tx.update(gradient, state, params, logits_fn=logits_fn)
+
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, algorithms 2 and 3.
     """
