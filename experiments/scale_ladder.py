@@ -29,7 +29,7 @@ from experiments.cells.cell import Results, without_machine
 from experiments.cells.run import LAUNCHERS, run_cells
 from experiments.ladder.added import amend, without_added
 from experiments.ladder.describe import describe, describe_scaling, estimate
-from experiments.ladder.fit import fit, heading, line
+from experiments.ladder.fit import FOOTNOTE, fit, heading, line
 from experiments.ladder.plan import Ladder
 from experiments.ladder.report import read_results, result_lines, write_report
 from experiments.ladder.schedule import work_of
@@ -78,8 +78,11 @@ def _show_so_far(ladder: Ladder, workdir: Path, results: Results) -> None:
 
 def _print_fit(ladder: Ladder, topology: Topology) -> None:
     print(f"\n{heading(topology)}")
+    adamw: dict[str, Any] = {}
     for row in fit(ladder, topology):
-        print(line(row), flush=True)
+        adamw = row if row["optimizer"] == "adamw" else adamw
+        print(line(row, adamw), flush=True)
+    print(FOOTNOTE)
 
 
 def define_flags() -> None:

@@ -51,6 +51,8 @@ _GPUS = {
     "gb200": _Gpu("NVIDIA GB200", (10, 0), 152, 128, 2.062, 7.93e12, 197.9e9, 129, 228),
 }
 
+CHIPS = (*_TPUS, *_GPUS)
+
 # In the compiler's text form, of what it is told about a GPU. What no chip here differs in, such as
 # threads of a block, is CUDA's for all of them.
 _TARGET = """
@@ -100,6 +102,15 @@ class Topology(NamedTuple):
     sizes: tuple[int, ...]
     devices: list[Any]
     gigabytes: float
+
+    @property
+    def chip(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def per_host(self) -> int:
+        """How many devices are connected without a network: all of a TPU slice."""
+        return self.sizes[-1] if self.platform == "gpu" else len(self.devices)
 
 
 def find_topology(text: str) -> Topology:

@@ -284,7 +284,7 @@ def test_injected_hyperparameters(name):
     with pytest.raises(ValueError, match=r"precondition_frequency.*static_args=\('precond"):
         optax.inject_hyperparams(make)(**rates).init(gradient)
     static = ["precondition_frequency", "exact_steps", "block_size", "max_preconditioner_dim"]
-    static += ["preconditioner_dtype"] if name.startswith("scale") else []
+    static += ["preconditioner_dtype"]
     injected = optax.inject_hyperparams(make, static_args=static)(**rates)
     (got, _), (want, _) = (
         tx.update(gradient, tx.init(gradient), gradient) for tx in (injected, make(**rates))

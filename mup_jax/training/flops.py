@@ -4,6 +4,7 @@ Counted are matrix products (two per multiply-add) and factorizations; elementwi
 count depends on shapes alone, never on the machine.
 """
 
+import collections
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,29 +32,60 @@ def count_flops(function: Callable[..., Any], *args: Any, platform: str | None =
       *args: its arguments.
       platform: whose path counts; by default the default backend's.
     """
+    return sum(count_flops_by_precision(function, *args, platform=platform).values())
+
+
+def count_flops_by_precision(
+    function: Callable[..., Any], *args: Any, platform: str | None = None
+) -> dict[str, float]:
+    """The operations of `count_flops` by the units that they need.
+
+    "16 bit" for products of bfloat16 and float16, "default" for products of float32 that
+    accelerators take in fewer digits, and "float32" for those that ask for all digits, and for
+    factorizations.
+    """
     with use_paths_of(platform or jax.default_backend()):
-        return _count(jax.make_jaxpr(function)(*args).jaxpr)
+        return dict(_count(jax.make_jaxpr(function)(*args).jaxpr))
 
 
-def _count(jaxpr: Jaxpr) -> float:
-    return times_of(jaxpr) * sum(_count_equation(equation) for equation in jaxpr.eqns)
+_Counts = collections.Counter[str]
 
 
-def _count_equation(equation: Any) -> float:
+def _times(factor: float, counts: _Counts) -> _Counts:
+    return collections.Counter({key: factor * flops for key, flops in counts.items()})
+
+
+def _count(jaxpr: Jaxpr) -> _Counts:
+    counts = (_count_equation(equation) for equation in jaxpr.eqns)
+    return _times(times_of(jaxpr), sum(counts, collections.Counter()))
+
+
+def _precision(equation: Any) -> str:
+    """Of a product."""
+    if all(x.aval.dtype.itemsize == 2 for x in equation.invars):
+        return "16 bit"
+    precision = equation.params["precision"]
+    asked = precision if isinstance(precision, tuple) else (precision,)
+    return "float32" if jax.lax.Precision.HIGHEST in asked else "default"
+
+
+def _count_equation(equation: Any) -> _Counts:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
-    if name in _FACTORIZATIONS:
+        flops = 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+        return collections.Counter({_precision(equation): flops})
+    if name in (*_FACTORIZATIONS, "householder_product"):
         *batch, m, n = equation.invars[0].aval.shape
-        return _FACTORIZATIONS[name] * math.prod(batch) * max(m, n) * min(m, n) ** 2
-    if name == "householder_product":
-        *batch, m, n = equation.invars[0].aval.shape
-        return 4 / 3 * math.prod(batch) * m * n**2
+        if name == "householder_product":
+            flops = 4 / 3 * math.prod(batch) * m * n**2
+        else:
+            flops = _FACTORIZATIONS[name] * math.prod(batch) * max(m, n) * min(m, n) ** 2
+        return collections.Counter({"float32": flops})
     if name == "cond":
         branches = [_count(branch.jaxpr) for branch in params["branches"]]
-        return min((flops for flops in branches if flops), default=0.0)
+        return min((c for c in branches if c.total()), key=_Counts.total, default=_Counts())
     inner = [
         _count(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
         for parameter in params.values()
@@ -65,4 +97,4 @@ def _count_equation(equation: Any) -> float:
         "shard_map": getattr(params.get("mesh"), "size", None),
     }
     factor = times.get(name)
-    return sum(inner) * (1 if factor is None else factor)
+    return _times(1 if factor is None else factor, sum(inner, collections.Counter()))

@@ -28,7 +28,7 @@ from mup_jax.training.config import (
     program_identity,
     steps_of,
 )
-from mup_jax.training.flops import count_flops
+from mup_jax.training.flops import count_flops_by_precision
 from mup_jax.training.mesh import batch_sharding
 from mup_jax.transfer import infer_shapes
 from mup_jax.transforms.health import preconditioner_health
@@ -166,14 +166,15 @@ class Program:
     @functools.cached_property
     def optimizer_flops(self) -> float:
         """Matrix operations of the optimizer per step."""
-        return self.count_optimizer_flops()
+        return sum(self.optimizer_flops_by_precision().values())
 
-    def count_optimizer_flops(self, **options: Any) -> float:
-        """Matrix operations of the optimizer per step, with options of `count_flops`."""
+    def optimizer_flops_by_precision(self, platform: str | None = None) -> dict[str, float]:
+        """As `optimizer_flops`; see `count_flops_by_precision`."""
         state = self.abstract_state
         update = functools.partial(self._update, Hyperparameters(1.0, 0.0))
         with jax.set_mesh(self.mesh):
-            return count_flops(update, state.params, state, self.abstract_batch, **options)
+            arguments = state.params, state, self.abstract_batch
+            return count_flops_by_precision(update, *arguments, platform=platform)
 
     def _merge(self, params: Any) -> Llama:
         return nnx.merge(self._graphdef, params)
@@ -232,13 +233,14 @@ class Program:
         batch: dict[str, jax.Array],
     ) -> tuple[Any, optax.OptState]:
         """The optimizer's updates and state; those without curvature ignore the functions."""
-        return self.optimizer(hyperparameters).update(
-            gradient,
-            state.opt_state,
-            state.params,
-            obj_fn=lambda params: self.loss(params, batch),
-            logits_fn=lambda params: self._merge(params)(batch["inputs"]),
-        )
+        with jax.named_scope("optimizer"):
+            return self.optimizer(hyperparameters).update(
+                gradient,
+                state.opt_state,
+                state.params,
+                obj_fn=lambda params: self.loss(params, batch),
+                logits_fn=lambda params: self._merge(params)(batch["inputs"]),
+            )
 
     def _loss_and_gradient(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
         """Means over the batch, of which one part after the other is in memory."""

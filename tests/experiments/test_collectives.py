@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.collectives import Traffic, count_collectives, traffic
+from experiments.collectives import Traffic, count_collectives, traffic, without
 
 PROGRAM = """
 HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -57,7 +57,8 @@ def program_of(*lines):
 )
 def test_groups_as_compilers_write_them(groups, size):
     program = program_of(f"%r = f32[8]{{0}} all-reduce(%x), {groups}")
-    assert traffic(program) == {"all-reduce": Traffic(1, 2 * 32 * (size - 1) / size)}
+    one = traffic(program, per_host=16)["all-reduce"]
+    assert one == Traffic(1, 2 * 32 * (size - 1) / size, 0.0)
 
 
 ASYNCHRONOUS = {
@@ -78,7 +79,7 @@ def test_what_only_begins_here(kind):
     groups = "replica_groups={{0,1,2,3},{4,5,6,7}}"
     begin = f"%begun = {shape} {kind}-start(%x), {groups}, dimensions={{0}}"
     program = program_of(begin, f"%done = f32[4,8]{{1,0}} {kind}-done(%begun)")
-    assert traffic(program) == {kind: Traffic(1, sent)}
+    assert traffic(program, per_host=8) == {kind: Traffic(1, sent, 0.0)}
 
 
 def test_a_loop_sends_at_every_turn():
@@ -95,4 +96,33 @@ def test_a_loop_sends_at_every_turn():
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.ones((8, 3)), jax.NamedSharding(mesh, jax.P("data")))
         text = jax.jit(five_times).lower(x).compile().as_text()
-    assert traffic(text) == {"all-gather": Traffic(5, 5 * 8 * 3 * 4 * 3 / 4)}
+    assert traffic(text, per_host=4) == {"all-gather": Traffic(5, 5 * 8 * 3 * 4 * 3 / 4, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "beyond"),
+    [
+        # Two hosts of four: of 4 x 8 floats, half come from the other host, by four devices.
+        ("all-gather", "{{0,1,2,3,4,5,6,7}}", 128 / 2 / 4),
+        ("all-reduce", "{{0,1,2,3,4,5,6,7}}", 2 * 128 / 2 / 4),
+        ("all-reduce", "{{0,4},{1,5},{2,6},{3,7}}", 2 * 128 / 2),
+        ("reduce-scatter", "{{0,4},{1,5},{2,6},{3,7}}", 2 * 128 / 2),
+        ("all-to-all", "{{0,1,2,3,4,5,6,7}}", 128 / 2),
+        ("all-to-all", "[4,2]<=[2,4]T(1,0)", 128 / 2),
+        ("all-to-all", "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", 128 / 2),
+        ("all-to-all", "mesh['a'=2,'b'=4] {'b'}", 0.0),
+        ("all-reduce", "{{0,1,2,3},{4,5,6,7}}", 0.0),
+    ],
+)
+def test_what_leaves_a_host(kind, groups, beyond):
+    program = program_of(f"%r = f32[4,8]{{1,0}} {kind}(%x), replica_groups={groups}, a={{0}}")
+    assert traffic(program, per_host=4)[kind].beyond == beyond
+
+
+def test_a_scope_is_that_of_the_operation():
+    of = "f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, metadata={op_name"
+    program = program_of(f'%r = {of}="jit(f)/mine/add"}}', f'%s = {of}="jit(f)/add"}}')
+    whole, part = (traffic(program, 2, scope)["all-reduce"] for scope in ("", "mine"))
+    assert (whole.calls, part.calls) == (2, 1)
+    assert without(whole, part) == Traffic(1, 32.0, 0.0)
+    assert without(whole, None) == whole

@@ -463,17 +463,20 @@ ROW = {
 
 
 def test_rows_of_a_plan_for_a_slice():
+    adamw = {"least_seconds": {"model": {"products": 6e-3}, "optimizer": {"memory": 1e-3}}}
     measured = {
         "state_gibibytes": 0.5,
         "gibibytes": 3.25,
-        "collectives": {"all-reduce": Traffic(6, 2**29)},
+        "collectives": {"all-reduce": Traffic(6, 2**29, 0.0)},
+        "least_seconds": {"model": {"products": 6e-3, "links": 1e-3}, "optimizer": {"links": 4e-3}},
     }
-    cells = fit.line(ROW | measured | {"fits": True}).strip("| ").split(" | ")
+    cells = fit.line(ROW | measured | {"fits": True}, adamw).strip("| ").split(" | ")
     assert cells == [
         "w8", "muon", "1,234", "5,678", "9.00e+09", "10.0%", "0.50", "3.2", "yes",
-        "fsdp 4 tensor 2", "products", "6 all-reduce 0.5",
+        "fsdp 4 tensor 2", "products", "6 all-reduce 0.5", "10.0", "4.00 (links)", "× 0.70",
     ]  # fmt: skip
-    assert " | ? | ? | no | fsdp 4 tensor 2 | products |  |" in fit.line(ROW | {"fits": False})
+    unknown = fit.line(ROW | {"fits": False}, adamw)
+    assert " | ? | ? | no | fsdp 4 tensor 2 | products |  | ? | ? | ? |" in unknown
 
 
 def test_arrangements_need_less_and_less_memory():
@@ -524,7 +527,8 @@ class Compiled:
         return SimpleNamespace(**sizes, generated_code_size_in_bytes=0)
 
     def as_text(self):
-        return "ENTRY %main (y: f32[]) -> f32[] {\n  x = f32[] all-reduce(y)\n}\n"
+        line = "x = f32[] all-reduce(y), replica_groups={{0,1}}"
+        return f"ENTRY %main (y: f32[]) -> f32[] {{\n  {line}\n}}\n"
 
 
 @pytest.mark.parametrize("gigabytes", [1.5, 2.5])
@@ -539,7 +543,8 @@ def test_what_does_not_fit_keeps_less(monkeypatch, gigabytes):
         return Compiled()
 
     monkeypatch.setattr(Program, "step", property(step))
-    slice_ = Topology("", "tpu", (2, 4), jax.devices(), gigabytes)
+    monkeypatch.setattr(fit, "least_seconds", lambda *_: {"products": 1.0})
+    slice_ = Topology("v5e:2x4", "tpu", (2, 4), jax.devices(), gigabytes)
     rows = list(fit.fit(Ladder(small_ladder(widths=(8, 16))), slice_))
     assert [(row["rung"], row["optimizer"]) for row in rows] == [
         ("w8", "adamw"), ("w8", "muon"), ("w16", "adamw"), ("w16", "muon"),
@@ -550,5 +555,5 @@ def test_what_does_not_fit_keeps_less(monkeypatch, gigabytes):
         assert row["fits"] == fits
         assert row["gibibytes"] == 2.0
         assert row["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
-        assert row["collectives"] == {"all-reduce": (1, 4.0)}
+        assert row["collectives"] == {"all-reduce": (1, 4.0, 0.0)}
         assert (row["optimizer_flops"] > 0) == (row["optimizer"] == "muon")

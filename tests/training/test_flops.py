@@ -8,7 +8,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import mup_jax
 from mup_jax.models.llama import Llama, LlamaConfig, forward_flops_per_token
-from mup_jax.training.flops import count_flops
+from mup_jax.training.flops import count_flops, count_flops_by_precision
 from tests.training.tiny import STEPS, program_of
 
 
@@ -42,6 +42,19 @@ def scanned(a, b):
 )
 def test_products(function, arguments, flops):
     assert count_flops(function, *arguments) == flops
+
+
+def test_operations_by_precision():
+    def function(a, b):
+        half = a.astype(jnp.bfloat16) @ b.astype(jnp.bfloat16)
+        exact = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return half + 2 * (a @ b) + exact + jnp.linalg.qr(exact)[0] @ jnp.eye(3, 7)
+
+    counted = count_flops_by_precision(function, A, B)
+    assert counted["16 bit"] == PRODUCT
+    assert counted["default"] == PRODUCT + 2 * 3 * 3 * 7
+    assert counted["float32"] > PRODUCT
+    assert sum(counted.values()) == count_flops(function, A, B)
 
 
 def test_a_loop_of_unknown_length_counts_once():
